@@ -1,0 +1,1 @@
+"""From raw tiles to a prepared data set: readers, splits, colour, attributes, prompts, caches."""

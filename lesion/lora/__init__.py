@@ -1,0 +1,1 @@
+"""LoRA (arXiv:2106.09685): layers that can be injected and merged, and their file formats."""

@@ -1,0 +1,1 @@
+"""Metrics: classification, fidelity, memorisation, reader study. Pure functions of arrays."""

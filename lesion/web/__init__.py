@@ -1,0 +1,1 @@
+"""The two small web applications: labelling and the reader study."""
