@@ -1,0 +1,38 @@
+"""`python -m lesion COMMAND`: the commands that are not scripts of their own.
+
+Each command is a module with `main(argv)`; only the chosen one is imported, so `--help` stays quick.
+"""
+import importlib
+import sys
+
+from lesion import __version__, cli
+
+COMMANDS = {
+    "prepare": ("lesion.data.prepare", "make a data set from ISIC tiles: DIR/metadata.jsonl and the original JPEG files"),
+    "label": ("lesion.web.label", "describe tiles in the browser: one key an answer"),
+    "study": ("lesion.web.study", "ask readers which tiles are real"),
+    "pretrain": ("lesion.pretrain", "train the built-in base model"),
+    "bench": ("lesion.bench", "measure training and generation"),
+}
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["--version"]:
+        print(__version__)
+    elif not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: python -m lesion COMMAND [flags]\n")
+        for name, (_, text) in COMMANDS.items():
+            print(f"  {name:10}{text}")
+        print("\n`python -m lesion COMMAND --help` lists a command's flags. "
+              "The scripts train_lora.py, generate.py, classify.py and evaluate.py stand beside this package.")
+    elif arguments[0] not in COMMANDS:
+        print(f"lesion: no command {arguments[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    else:
+        module = importlib.import_module(COMMANDS[arguments[0]][0])
+        cli.run(lambda: module.main(arguments[1:]), f"lesion {arguments[0]}")
+
+
+if __name__ == "__main__":
+    main()
