@@ -60,8 +60,8 @@ _TABLE = (
         Value("6 to 9 mm", "6 to 9 mm across", "4", "over the 6 mm of the ABCD rule"),
         Value("over 9 mm", "over 9 mm across", "5", "more than 60 % of the tile"))),
     Attribute("color", "Main colour", "the colour that covers most of the lesion", _COLORS),
-    Attribute("other_colors", "Other colours", "every other colour clearly present: a tenth of the lesion or more", _COLORS,
-              many=True, none_phrase="throughout"),
+    Attribute("other_colors", "Other colours", "every other colour clearly present: a tenth of the lesion or more",
+              _COLORS, many=True, none_phrase="throughout"),
     Attribute("symmetry", "Symmetry", "fold the lesion in thought along both axes: shape and colours", (
         Value("symmetric", "symmetric", "1", "the halves match along at least one axis"),
         Value("asymmetric", "asymmetric", "2", "no axis gives matching halves"))),

@@ -36,7 +36,8 @@ def test_golden_sentence():
                   "border": "irregular", "edge": "blurred"}
     sentence = to_sentence("malignant", attributes)
     assert sentence == ("a clinical photograph of a malignant skin lesion on light skin, 4 to 6 mm across, dark brown "
-                        "with red and black, asymmetric, oval shape, irregular border, blurred edge, with scale and crust")
+                        "with red and black, asymmetric, oval shape, irregular border, blurred edge, with scale and "
+                        "crust")
     assert from_sentence(sentence) == ("malignant", validate(attributes))
     assert FIXED_PROMPT["benign"] == "a clinical photograph of a benign skin lesion"
 
