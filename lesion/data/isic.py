@@ -1,0 +1,408 @@
+"""Readers of lesion tiles: what each published layout holds, by isic_id, without touching a pixel.
+
+Layouts (ISIC 2024 / SLICE-3D, Kurtansky et al. 2024, doi:10.1038/s41597-024-03743-w, as the ISIC archive and Kaggle publish it):
+  the official zip (or several), read in place, or its folder however nested, with *_GroundTruth.csv beside it, and where
+  present *_Supplement.csv and metadata.csv; the same zip at an http(s) URL (lesion/data/remote.py);
+  Kaggle's train-metadata.csv with train-image/image/*.jpg or train-image.hdf5;
+  folders named benign and malignant (also under train, val, test; also kohya's "10_malignant"); a Hugging Face imagefolder
+  (metadata.jsonl or .csv with file_name: a prepared data set is one). kohya captions (.txt, .caption) are read beside tiles.
+Tables are read twice, for the few columns that decide the sample and then for the sampled tiles only: 400,000 rows of 55
+columns never stand in memory. Proven by tests/data/test_isic.py.
+"""
+import csv
+import io
+import json
+import os
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lesion import files
+
+SUFFIXES = {".jpg", ".jpeg", ".png"}
+LABEL_COLUMNS = ("malignant", "target", "label")
+LABELS = {"0": "benign", "0.0": "benign", "benign": "benign", "1": "malignant", "1.0": "malignant", "malignant": "malignant"}
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+MISSING = {"", "na", "nan", "null", "none"}
+CLASS_FOLDER = re.compile(r"^(?:\d+_)?(benign|malignant)\b", re.IGNORECASE)  # "malignant", kohya's "10_malignant lesion"
+LABEL_TABLES = ("*GroundTruth*.csv", "train-metadata.csv")
+MORE_TABLES = ("*Supplement*.csv", "metadata.csv")
+
+
+@dataclass
+class Table:
+    """A csv table: its name for messages, and how to open it as text."""
+    name: str
+    open: Callable[[], io.TextIOBase]
+
+
+@dataclass
+class Source:
+    """What a source holds. `where` has every tile: isic_id -> whatever `read` and `stamp` need to find it."""
+    layout: str
+    where: dict[str, object]
+    read: Callable[[list[str]], Iterator[tuple[str, bytes | ValueError]]]  # tiles in the order asked for
+    stamp: Callable[[str], list]                 # isic_id -> what changes when its bytes do
+    origin: Callable[[str], tuple[str, str | None]]  # isic_id -> (name of the data set, licence)
+    tables: list[Table] = field(default_factory=list)
+    labels: dict[str, str] = field(default_factory=dict)
+    patients: dict[str, str] = field(default_factory=dict)
+    lesions: dict[str, str] = field(default_factory=dict)
+    given: dict[str, dict] = field(default_factory=dict)  # columns that came with a tile: split, text, attributes ...
+    suffix: Callable[[str], str] = lambda isic_id: ".jpg"
+    notes: list[str] = field(default_factory=list)
+
+
+def open_source(path: str | Path, ground_truth: str | Path | None = None) -> Source:
+    """Recognise the layout at `path` (folder, zip, hdf5, csv, URL) and read who is there: tiles, labels, patients, lesions.
+
+    `ground_truth`: the label csv, where it is not beside the tiles. Tiles without a label and labels without a tile are
+    left out and counted in `notes`. ValueError says what is missing, wrong or listed twice.
+    """
+    if str(path).startswith(("http://", "https://")):
+        from lesion.data import remote
+        source, label_tables = remote.open_url(str(path), ground_truth)
+    else:
+        source, label_tables = _open_local(Path(path), ground_truth)
+    for table in label_tables:
+        _read_labels(table, source)
+    for table in source.tables:
+        _read_groups(table, source)
+    return _matched(source)
+
+
+def _open_local(path: Path, ground_truth) -> tuple[Source, list[Table]]:
+    if not path.exists():
+        raise ValueError(f"--source {path} does not exist: give the folder, zip, hdf5 file or URL of the tiles")
+    if path.is_file() and path.suffix.lower() == ".csv":
+        path, ground_truth = path.parent, ground_truth or path
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir() and (listing := _imagefolder_listings(path)):
+        return _imagefolder(path, listing), []
+    zips = [path] if path.is_file() else sorted(folder.glob("*.zip"), key=lambda p: ("Permissive" not in p.name, p.name))
+    tables = [] if ground_truth else _tables(folder, LABEL_TABLES)
+    if path.is_file() and path.suffix.lower() == ".zip" and not ground_truth:
+        own = path.name.lower().replace("_input.zip", "_groundtruth.csv")  # several releases may share a folder
+        tables = [t for t in tables if t.name.lower() == own] or tables
+    more = _tables(folder, MORE_TABLES)
+    if path.suffix.lower() in (".hdf5", ".h5"):
+        source = _hdf5(path)
+    elif path.is_file() and path.suffix.lower() != ".zip":
+        raise ValueError(f"--source {path} is not a folder, .zip, .hdf5 or .csv file")
+    elif zips:
+        source = _zips(zips)
+    elif path.is_dir() and not (folder / "train-image").is_dir() and (folder / "train-image.hdf5").is_file():
+        source = _hdf5(folder / "train-image.hdf5")
+    else:
+        source = _folder(folder)
+    if ground_truth:
+        ground_truth = Path(ground_truth)
+        if not ground_truth.is_file():
+            raise ValueError(f"--ground-truth {ground_truth} does not exist")
+        tables = [_file_table(ground_truth)]
+    source.tables = tables + more + source.tables
+    if not tables and not source.labels:
+        raise ValueError(f"{path}: no labels found: expected *_GroundTruth.csv or train-metadata.csv beside the tiles, "
+                         "folders named benign and malignant, or --ground-truth CSV")
+    return source, tables
+
+
+def _tables(folder: Path, patterns: Iterable[str]) -> list[Table]:
+    """csv tables in `folder` and one level below (the archive's doubly nested folder)."""
+    found = [p for pattern in patterns for p in sorted([*folder.glob(pattern), *folder.glob("*/" + pattern)])]
+    return [_file_table(p) for p in found]
+
+
+def _file_table(path: Path) -> Table:
+    return Table(path.name, lambda: open(path, encoding="utf-8-sig", newline=""))
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+def columns(table: Table, wanted: Iterable[str], required: str | None = None) -> Iterator[tuple[int, list[str | None]]]:
+    """(line number, values of `wanted` in order; None where missing, empty or NA) of each row of a csv table."""
+    with table.open() as text:
+        try:
+            reader = csv.reader(text)
+            header = [name.strip() for name in next(reader, [])]
+            if required and required not in header:
+                raise ValueError(f"{table.name} has no column {required}: it has {', '.join(header[:6]) or 'no columns'}"
+                                 f"{', ...' if len(header) > 6 else ''}")
+            places = [header.index(name) if name in header else None for name in wanted]
+            for row in reader:
+                if not row:
+                    continue
+                if len(row) != len(header):
+                    raise ValueError(f"{table.name}, line {reader.line_num}: {len(row)} columns, the header has {len(header)}")
+                yield reader.line_num, [None if i is None or row[i].strip().lower() in MISSING else row[i].strip()
+                                        for i in places]
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{table.name} is not a readable csv file: {error}") from None
+
+
+def header_of(table: Table) -> list[str]:
+    """Column names of a csv table."""
+    with table.open() as text:
+        return [name.strip() for name in next(csv.reader(text), [])]
+
+
+def label_of(value: object, place: str) -> str:
+    """"benign" or "malignant" from 0/1 (however written) or the word; ValueError names the place otherwise."""
+    if isinstance(value, bool | int | float):
+        value = float(value)
+    label = LABELS.get(str(value).strip().lower())
+    if label is None:
+        raise ValueError(f"{place}: label {value!r} is not allowed: use 0 or benign, 1 or malignant")
+    return label
+
+
+def _read_labels(table: Table, source: Source) -> None:
+    present = [name for name in LABEL_COLUMNS if name in (names := header_of(table))]
+    if "isic_id" in names and not present:
+        raise ValueError(f"{table.name} has no label column: expected malignant (0/1) or target (0/1), it has {', '.join(names[:6])}")
+    seen = set()
+    for line, (isic_id, value) in columns(table, ["isic_id", *present[:1]], required="isic_id"):
+        place = f"{table.name}, line {line}"
+        if isic_id is None:
+            raise ValueError(f"{place}: no isic_id")
+        if isic_id in seen:
+            raise ValueError(f"{place}: {isic_id} is listed twice")
+        seen.add(isic_id)
+        label = label_of("" if value is None else value, place)
+        if source.labels.setdefault(isic_id, label) != label:
+            raise ValueError(f"{place}: {isic_id} is {label} here and {source.labels[isic_id]} elsewhere in the source")
+
+
+def _read_groups(table: Table, source: Source) -> None:
+    """Patients and lesions of a table; the first table that names one wins. Values are shared, not copied, in memory."""
+    names = header_of(table)
+    if "isic_id" not in names or not {"patient_id", "lesion_id"} & set(names):
+        return
+    shared = {}
+    for _, (isic_id, patient, lesion) in columns(table, ["isic_id", "patient_id", "lesion_id"]):
+        if patient:
+            source.patients.setdefault(isic_id, shared.setdefault(patient, patient))
+        if lesion:
+            source.lesions.setdefault(isic_id, shared.setdefault(lesion, lesion))
+
+
+def metadata(source: Source, ids: Iterable[str]) -> dict[str, dict]:
+    """All columns with a value of the tiles `ids`, joined on isic_id over the source's tables; numbers as numbers."""
+    wanted = {isic_id: {} for isic_id in ids}
+    for table in source.tables:
+        names = header_of(table)
+        if "isic_id" not in names:
+            continue
+        for _, values in columns(table, ["isic_id", *names]):
+            row = wanted.get(values[0])
+            if row is not None:
+                for name, value in zip(names, values[1:]):
+                    if value is not None and name != "isic_id":
+                        row.setdefault(name, _typed(name, value))
+    return wanted
+
+
+def _typed(name: str, value: str) -> object:
+    if name.endswith("_id"):
+        return value
+    try:
+        number = float(value)
+    except ValueError:
+        return value
+    return int(number) if number.is_integer() and abs(number) < 2 ** 53 else number
+
+
+def _matched(source: Source) -> Source:
+    """Only tiles that have a label, in order of isic_id; what was left out is noted."""
+    if not source.where:
+        raise ValueError(f"no tiles (.jpg, .jpeg, .png) found in this {source.layout}")
+    unlabelled, absent = source.where.keys() - source.labels.keys(), source.labels.keys() - source.where.keys()
+    if len(unlabelled) == len(source.where):
+        raise ValueError(f"none of the {len(source.where)} tiles has a label: is the label table of another release? "
+                         f"(tile {min(source.where)}, label for {min(source.labels, default='none')})")
+    if unlabelled:
+        source.notes.append(f"{len(unlabelled)} tiles have no label and are left out (first: {min(unlabelled)})")
+    if absent:
+        source.notes.append(f"{len(absent)} labels have no tile and are left out (first: {min(absent)})")
+    source.where = {isic_id: source.where[isic_id] for isic_id in sorted(source.where.keys() - unlabelled)}
+    return source
+
+
+def origin_of(name: str) -> tuple[str, str | None]:
+    """(data set, licence) by an archive's or folder's name: the Permissive release is CC-BY, the full one CC-BY-NC."""
+    if "permissive" in name.lower():
+        return "ISIC 2024 Permissive", "CC-BY"
+    if re.search(r"isic_2024|train-image|train-metadata", name, re.IGNORECASE):
+        return "ISIC 2024", "CC-BY-NC"
+    return name, None
+
+
+# --- layouts ---------------------------------------------------------------------------------------------------------
+
+def is_tile(name: str) -> bool:
+    """Whether a path inside an archive or folder is a tile (macOS leaves ._ twins and __MACOSX behind)."""
+    base = name.rpartition("/")[2]
+    return os.path.splitext(base)[1].lower() in SUFFIXES and not base.startswith(".") and "__MACOSX" not in name
+
+
+def zip_members(archive: zipfile.ZipFile, name: str) -> dict[str, zipfile.ZipInfo]:
+    """Tiles of a zip by isic_id; ValueError if one id is there twice with different bytes."""
+    members = {}
+    for member in archive.infolist():
+        if is_tile(member.filename):
+            isic_id = os.path.splitext(member.filename.rpartition("/")[2])[0]
+            if members.setdefault(isic_id, member).CRC != member.CRC:
+                raise ValueError(f"{name} holds {isic_id} twice with different bytes: {members[isic_id].filename}, {member.filename}")
+    return members
+
+
+def zip_tables(archive: zipfile.ZipFile) -> list[Table]:
+    """metadata.csv and its like inside a zip."""
+    names = [n for n in archive.namelist() if re.search(r"(^|/)(metadata|[^/]*Supplement[^/]*)\.csv$", n) and "__MACOSX" not in n]
+    return [Table(n, lambda n=n: io.TextIOWrapper(archive.open(n), encoding="utf-8-sig", newline="")) for n in names]
+
+
+def _zips(paths: list[Path]) -> Source:
+    where, tables, archives = {}, [], []
+    for number, path in enumerate(paths):
+        try:
+            archive = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise ValueError(f"{path} is not a readable zip file: {error}") from None
+        archives.append(archive)
+        for isic_id, member in zip_members(archive, path.name).items():
+            if where.setdefault(isic_id, (number, member))[1].CRC != member.CRC:
+                raise ValueError(f"{isic_id} is in {paths[where[isic_id][0]].name} and {path.name} with different bytes: "
+                                 "give one of the two as --source")
+        tables += zip_tables(archive)
+
+    def read(ids):
+        for isic_id in ids:
+            number, member = where[isic_id]
+            try:
+                yield isic_id, archives[number].read(member)
+            except (zipfile.BadZipFile, OSError, RuntimeError, EOFError, NotImplementedError, zipfile.zlib.error) as error:
+                yield isic_id, ValueError(f"{paths[number].name}: {error}")
+
+    return Source("zip", where, read, lambda i: [where[i][1].file_size, where[i][1].CRC],
+                  lambda i: origin_of(paths[where[i][0]].name), tables,
+                  suffix=lambda i: os.path.splitext(where[i][1].filename)[1].lower())
+
+
+def _hdf5(path: Path) -> Source:
+    import h5py
+    try:
+        handle = h5py.File(path, "r")
+    except OSError as error:
+        raise ValueError(f"{path} is not a readable hdf5 file: {error}") from None
+    where = dict.fromkeys(handle.keys())
+
+    def read(ids):
+        import numpy as np
+        for isic_id in ids:
+            try:
+                yield isic_id, np.asarray(handle[isic_id][()]).tobytes()
+            except (OSError, KeyError, RuntimeError) as error:
+                yield isic_id, ValueError(f"{path.name}: {error}")
+
+    return Source("hdf5 file", where, read, lambda i: [int(handle[i].dtype.itemsize), int(handle[i].size), path.stat().st_size],
+                  lambda i: origin_of(path.name))
+
+
+def _folder(folder: Path) -> Source:
+    """Loose tiles, however nested; labels and split from folder names where these say so, captions from kohya sidecars."""
+    where, labels, given = {}, {}, {}
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
+        inner = Path(place).relative_to(folder).parts
+        label = next((m.group(1).lower() for part in reversed(inner) if (m := CLASS_FOLDER.match(part))), None)
+        split = next((SPLITS[part.lower()] for part in inner if label and part.lower() in SPLITS), None)
+        sidecars = {n for n in names if n.endswith((".txt", ".caption"))}
+        for name in sorted(filter(is_tile, names)):
+            isic_id, path = os.path.splitext(name)[0], os.path.join(place, name)
+            if isic_id in where:
+                raise ValueError(f"{isic_id} is there twice: {where[isic_id]} and {path}")
+            where[isic_id] = path
+            extra = {"split": split} if split else {}
+            if sidecar := next((isic_id + end for end in (".txt", ".caption") if isic_id + end in sidecars), None):
+                extra["text"] = Path(place, sidecar).read_text(encoding="utf-8-sig").strip()
+            if label:
+                labels[isic_id] = label
+            if extra:
+                given[isic_id] = extra
+    return _from_paths("folder", folder, where, labels, given)
+
+
+def _from_paths(layout: str, folder: Path, where: dict, labels: dict, given: dict) -> Source:
+    def read(ids):
+        for isic_id in ids:
+            try:
+                yield isic_id, Path(where[isic_id]).read_bytes()
+            except OSError as error:
+                yield isic_id, ValueError(error.strerror or str(error))
+
+    def stamp(isic_id):
+        status = os.stat(where[isic_id])
+        return [status.st_size, status.st_mtime_ns]
+
+    def origin(isic_id):
+        parts = [*Path(where[isic_id]).relative_to(folder).parts[:-1], *(t.name for t in source.tables), folder.resolve().name]
+        known = [origin_of(part) for part in parts]
+        return next((o for o in known if o[1]), known[-1])
+
+    source = Source(layout, where, read, stamp, origin, labels=labels, given=given,
+                    suffix=lambda i: os.path.splitext(where[i])[1].lower())
+    return source
+
+
+def _imagefolder_listings(folder: Path) -> list[Path]:
+    """metadata.jsonl, or metadata.csv with a file_name column, in `folder` or its train, val, test folders."""
+    listings = []
+    for place in [folder, *(p for p in sorted(folder.iterdir()) if p.is_dir() and p.name.lower() in SPLITS)]:
+        if (place / files.MANIFEST).is_file():
+            listings.append(place / files.MANIFEST)
+        elif (place / "metadata.csv").is_file() and "file_name" in header_of(_file_table(place / "metadata.csv")):
+            listings.append(place / "metadata.csv")
+    return listings
+
+
+def _imagefolder(folder: Path, listings: list[Path]) -> Source:
+    where, labels, given, missing = {}, {}, {}, []
+    for listing in listings:
+        rows = files.read_manifest(listing.parent) if listing.suffix == ".jsonl" else _csv_rows(listing)
+        for number, row in enumerate(rows, 1):
+            place = f"{listing.name}, row {number}"
+            path = listing.parent / row.pop("file_name")
+            isic_id = str(row.pop("isic_id", None) or path.stem)
+            value = next((row.pop(name) for name in LABEL_COLUMNS if row.get(name) is not None), None)
+            if value is None:
+                raise ValueError(f"{place}: no label: expected a column label, malignant or target")
+            if isic_id in where:
+                raise ValueError(f"{place}: {isic_id} is listed twice")
+            split = row.pop("split", None) or (listing.parent.name if listing.parent != folder else None)
+            labels[isic_id] = label_of(value, place)
+            if not path.is_file():
+                missing.append(isic_id)
+                continue
+            where[isic_id] = str(path)
+            given[isic_id] = {**row, **({"split": SPLITS.get(str(split).lower(), split)} if split else {})}
+    source = _from_paths("imagefolder", folder, where, labels, given)
+    source.patients = {i: str(r["patient_id"]) for i, r in given.items() if r.get("patient_id") is not None}
+    source.lesions = {i: str(r["lesion_id"]) for i, r in given.items() if r.get("lesion_id") is not None}
+    return source
+
+
+def _csv_rows(path: Path) -> list[dict]:
+    table = _file_table(path)
+    names = header_of(table)
+    rows = []
+    for line, values in columns(table, names, required="file_name"):
+        row = {name: value for name, value in zip(names, values) if value is not None}
+        if "file_name" not in row:
+            raise ValueError(f"{path.name}, line {line}: no file_name")
+        if "attributes" in row:
+            row["attributes"] = json.loads(row["attributes"])
+        rows.append(row)
+    return rows
