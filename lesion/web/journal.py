@@ -2,7 +2,7 @@
 
 How to use it:
 
-    journal = Journal(folder / "ann.jsonl")      # ValueError if another process has it open
+    journal = Journal(folder / "ann.jsonl")      # ValueError if another process has it open; check=f judges each row
     journal.rows, journal.bad                    # the good rows in order; (line number, reason) of the other lines
     with journal.lock:                           # look and append in one step, against other threads and tabs
         if not any(row["tile"] == tile for row in journal.rows):
@@ -18,6 +18,7 @@ One process writes a journal: the file is locked (flock) while it is open. Prove
 import json
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 try:
@@ -29,8 +30,8 @@ except ImportError:  # Windows: no lock between processes
 class Journal:
     """Rows of an append-only file, for one process and any number of threads."""
 
-    def __init__(self, path: Path):
-        """Open or create `path`. ValueError if another process has it open."""
+    def __init__(self, path: Path, check: Callable[[dict], None] | None = None):
+        """Open or create `path`; `check` as in `read_journal`. ValueError if another process has it open."""
         self.path = Path(path)
         self.lock = threading.RLock()
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +40,7 @@ class Journal:
         try:
             if fcntl:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.rows, self.bad = read_journal(self.path)
+            self.rows, self.bad = read_journal(self.path, check)
             self._close_last_line()
         except BlockingIOError:
             os.close(self._file)
@@ -84,8 +85,11 @@ class Journal:
         self.close()
 
 
-def read_journal(path: Path) -> tuple[list[dict], list[tuple[int, str]]]:
-    """The good rows in order, and (line number, reason) of every line that is no JSON object; empty without a file."""
+def read_journal(path: Path, check: Callable[[dict], None] | None = None) -> tuple[list[dict], list[tuple[int, str]]]:
+    """The good rows in order, and (line number, reason) of every other line; both empty without a file.
+
+    A good row is a JSON object that `check`, where given, does not raise ValueError for (a hand edit that makes no sense).
+    """
     path = Path(path)
     rows, bad = [], []
     if not path.exists():
@@ -98,10 +102,15 @@ def read_journal(path: Path) -> tuple[list[dict], list[tuple[int, str]]]:
         except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
             bad.append((number, f"not JSON ({error})"))
             continue
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
+        if not isinstance(row, dict):
             bad.append((number, f"expected a JSON object, got {type(row).__name__}"))
+            continue
+        try:
+            if check:
+                check(row)
+            rows.append(row)
+        except ValueError as error:
+            bad.append((number, str(error)))
     return rows, bad
 
 

@@ -121,3 +121,17 @@ def test_a_second_process_is_refused_in_one_line(tmp_path):
         assert "is open in another process" in second.stderr.splitlines()[-1]
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     assert read_journal(path)[0] == [{"x": 1}]
+
+
+def test_rows_that_make_no_sense_are_reported_like_corrupt_ones(tmp_path):
+    """`check` names what is wrong with a hand-edited row; the row is skipped by number and stays in the file."""
+    path = tmp_path / "j.jsonl"
+    path.write_text('{"answer": 3}\n{"answer": 9}\n{"answer": 4}\n')
+
+    def check(row):
+        if not 1 <= row["answer"] <= 6:
+            raise ValueError(f"answer {row['answer']}: allowed are 1 to 6")
+
+    with Journal(path, check) as journal:
+        assert [row["answer"] for row in journal.rows] == [3, 4]
+        assert journal.bad == [(2, "answer 9: allowed are 1 to 6")]
