@@ -143,7 +143,7 @@ class VAE(nn.Module):
 
 def to_pixels(images_u8: np.ndarray | Tensor) -> Tensor:
     """uint8 [B,H,W,3] -> float32 pixels [B,3,H,W]: x / 127.5 - 1."""
-    return torch.as_tensor(images_u8).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.as_tensor(np.array(images_u8)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_images_u8(pixels: Tensor) -> np.ndarray:
