@@ -18,7 +18,7 @@ from scipy.spatial import ConvexHull
 from skimage.measure import find_contours
 
 from lesion.data.prompts import NAMES, validate
-from lesion.data.segment import FIELD_MM, HALF, PX_MM, SIDE, Segment, segment
+from lesion.data.segment import MM, SIDE, Segment, segment
 
 # Edges between classes. Clinical where there is a convention: ITA groups (Del Bino & Bernerd 2013), 6 mm (the D of ABCD).
 # The others are set so that no class holds under 10 % of real training tiles (figures in the tests' docstring).
@@ -59,8 +59,8 @@ def measure(image_u8: np.ndarray) -> dict:
         return out
     seen = float(1 / (1 + np.exp(-(part.score - 6.0) / 1.5)))
     y, x = np.nonzero(part.mask)
-    out |= _outline(contour) | {"mask_fraction": float(part.mask.mean()), "area_mm2": float(part.mask.sum() * PX_MM ** 2)}
-    out["offset_mm"] = float(np.hypot(x.mean() - (HALF - 1) / 2, y.mean() - (HALF - 1) / 2) * PX_MM)
+    out |= outline_of(contour) | {"mask_fraction": float(part.mask.mean()), "area_mm2": float(part.mask.sum() * MM ** 2)}
+    out["offset_mm"] = float(np.hypot(x.mean() - (SIDE - 1) / 2, y.mean() - (SIDE - 1) / 2) * MM)
     out["asymmetry"] = _asymmetry(part)
     out["edge_width_mm"] = _edge_width(part, contour)
     out["colors"], out["lesion_lab"] = _colors(part, tone[0])
@@ -74,8 +74,8 @@ def measure(image_u8: np.ndarray) -> dict:
 
 def _skin(part: Segment) -> tuple[np.ndarray, float]:
     """Median CIELAB of raw skin pixels at least 1 mm from the lesion, and how far to trust it."""
-    near = ndimage.zoom(part.mask.astype(np.uint8), 2, order=0).astype(bool)
-    skin = ~part.outside & ~part.hair & ~ndimage.binary_dilation(near, iterations=round(SIDE / FIELD_MM))
+    near = part.mask
+    skin = ~part.outside & ~part.hair & ~ndimage.binary_dilation(near, iterations=round(1 / MM))
     if skin.sum() < 500:
         skin = ~part.outside & ~near
     if not skin.any():
@@ -84,17 +84,17 @@ def _skin(part: Segment) -> tuple[np.ndarray, float]:
 
 
 def _contour(part: Segment) -> np.ndarray | None:
-    """Border of the mask's level set at sub-pixel precision: [n, 2] (y, x) in mm, or None."""
-    if part.mask.sum() < 8:
+    """Border of the mask at sub-pixel precision: [n, 2] (y, x) in mm, or None where there is no lesion."""
+    if part.mask.sum() < 30:
         return None
-    field = np.where(part.mask, np.maximum(part.field, part.level + 0.05), np.minimum(part.field, part.level - 0.05))
-    rim = ndimage.binary_dilation(part.mask) & ~ndimage.binary_erosion(part.mask)
-    field = np.pad(np.where(rim, part.field, field), 1, constant_values=part.level - 0.5)
-    contours = find_contours(field, part.level)
-    return (max(contours, key=len) - 1) * PX_MM if contours else None
+    near = ndimage.binary_dilation(part.mask)
+    hole = part.mask & ~ndimage.binary_dilation(~part.mask)
+    field = np.where(near, np.where(hole, 1, part.field), np.minimum(part.field, 0.45))
+    contours = find_contours(np.pad(field, 1), 0.5)
+    return (max(contours, key=len) - 1) * MM if contours else None
 
 
-def _outline(contour: np.ndarray) -> dict:
+def outline_of(contour: np.ndarray) -> dict:
     """Diameter (longest distance between hull points), axis ratio, and irregularity: the standard deviation of the border's
     distance from the centre once its best ellipse is made a unit circle, so that 0 is an ellipse."""
     step = np.linalg.norm(np.diff(contour, axis=0), axis=1)
@@ -110,28 +110,33 @@ def _outline(contour: np.ndarray) -> dict:
 
 
 def _asymmetry(part: Segment) -> float:
-    """Fold the lesion (its pigment inside the mask) on an axis through its centroid: sum |p - mirrored p| / (2 sum p), mean
-    over two axes at right angles, at the best of six turns of that cross."""
-    y, x = np.nonzero(part.mask)
+    difference = np.linalg.norm(ndimage.gaussian_filter(part.delta, (1.5, 1.5, 0)), axis=-1)
+    return asymmetry_of(np.where(part.mask, difference / np.median(difference[part.mask]), 0))
+
+
+def asymmetry_of(pigment: np.ndarray) -> float:
+    """Fold a lesion's pigment [H,W] (0 outside) on an axis through the outline's centroid: sum |p - mirrored p| / (2 sum p),
+    mean over two axes at right angles, at the best of six turns of that cross: 0 = mirror symmetric, 1 = nothing matches."""
+    y, x = np.nonzero(pigment > 0)
     cy, cx = y.mean(), x.mean()
     side = int(np.ceil(np.hypot(y - cy, x - cx).max())) + 2
-    grid = np.mgrid[-side:side + 1, -side:side + 1].astype(float)
-    padded = np.pad(np.where(part.mask, np.clip(part.field, 0, 1.5), 0), side + 1)
-    pigment = ndimage.map_coordinates(padded, [grid[0] + cy + side + 1, grid[1] + cx + side + 1], order=1)
-    folds = np.empty(12)
-    for i, angle in enumerate(np.arange(12) * np.pi / 12):
-        c, s = np.cos(2 * angle), np.sin(2 * angle)
-        mirrored = ndimage.map_coordinates(pigment, [s * grid[1] - c * grid[0] + side, c * grid[1] + s * grid[0] + side], order=1)
-        folds[i] = np.abs(pigment - mirrored).sum() / (2 * pigment.sum())
+    step = max(1.0, side / 24)
+    axis = np.arange(-side, side + step, step)
+    v, u = np.meshgrid(axis, axis, indexing="ij")
+    angles = np.arange(12)[:, None, None] * np.pi / 12
+    c, s = np.cos(2 * angles), np.sin(2 * angles)
+    where = np.stack([np.concatenate([v[None], s * u - c * v]) + cy, np.concatenate([u[None], c * u + s * v]) + cx])
+    sampled = ndimage.map_coordinates(pigment, where, order=1)
+    folds = np.abs(sampled[1:] - sampled[0]).sum((1, 2)) / (2 * sampled[0].sum())
     return float(((folds[:6] + folds[6:]) / 2).min())
 
 
 def _edge_width(part: Segment, contour: np.ndarray) -> float:
     """Width of the step from skin to lesion: its height over its slope at the border, on the mean profile across the border."""
-    points = contour[:-1] / PX_MM
+    points = contour[:-1] / MM
     tangent = ndimage.gaussian_filter1d(np.roll(points, -1, 0) - np.roll(points, 1, 0), 2, axis=0, mode="wrap")
     normal = np.stack([tangent[:, 1], -tangent[:, 0]], 1) / (np.linalg.norm(tangent, axis=1, keepdims=True) + 1e-6)
-    offsets = np.array([-1.0, -0.8, -0.25, 0.25, 0.8, 1.0]) / PX_MM
+    offsets = np.array([-1.0, -0.8, -0.25, 0.25, 0.8, 1.0]) / MM
     where = points[None] + offsets[:, None, None] * normal[None]
     profile = ndimage.map_coordinates(part.field, where.transpose(2, 0, 1), order=1, mode="nearest").mean(1)
     height, slope = profile[:2].mean() - profile[4:].mean(), (profile[2] - profile[3]) / 0.5
@@ -140,9 +145,9 @@ def _edge_width(part: Segment, contour: np.ndarray) -> float:
 
 def _colors(part: Segment, skin: np.ndarray) -> tuple[dict, list]:
     """Share of each ABCD colour among the lesion's pixels (rim and hair left out), and the lesion's median CIELAB."""
-    core = ndimage.binary_erosion(part.mask) if part.mask.sum() > 40 else part.mask
-    core = ndimage.zoom(core.astype(np.uint8), 2, order=0).astype(bool)
-    pixels = part.clean[core & ~part.hair] if (core & ~part.hair).sum() > 20 else part.clean[core]
+    core = ndimage.binary_erosion(part.mask, iterations=2)
+    core = core if core.sum() > 60 else part.mask
+    pixels = skin + part.delta[core & ~part.hair if (core & ~part.hair).sum() > 30 else core]
     names = color_names(pixels, skin)
     share = np.bincount(names, minlength=6) / len(names)
     return dict(zip(NAMES["color"], share.tolist())), np.median(pixels, 0).astype(float).tolist()
@@ -157,11 +162,11 @@ def color_names(lab: np.ndarray, skin: np.ndarray) -> np.ndarray:
     d_light, d_a, d_b = (lab - skin).T
     chroma = np.hypot(a, b)
     return np.select([
-        light < 20,
+        light < np.minimum(23, 0.5 * skin[0]),
         (d_light > 3) & (chroma < np.hypot(skin[1], skin[2])),
         (b < 8) & (d_b < -6) | (d_b < -9) & (d_a < 1),
         (d_a > 4) & (d_a > -0.45 * d_light) & (d_b < 0.8 * d_a),
-        light < 38],
+        light < min(46, 0.72 * skin[0])],
         [5, 0, 4, 1, 3], 2)
 
 

@@ -1,10 +1,12 @@
-"""Where the lesion is: a mask of the one lesion near the centre of a clinical tile, by colour difference to the skin around it.
+"""Where the lesion is: a mask of the one lesion near the centre of a clinical tile, by its colour difference to the skin around.
 
-Steps, all on a 64 x 64 copy in CIELAB (CIE 15:2004): black borders and drapes are set aside; hair is found by black-hat and
-top-hat and painted over (DullRazor, Lee et al., Comput. Biol. Med. 1997;27:533, with scipy's morphology); the skin's slow
-colour change is a quadratic surface fitted robustly; at two scales the most salient patch near the centre seeds a Fisher
-discriminant (Fisher 1936) between lesion and surrounding skin; of its level sets the one is kept that stands out most from a
-ring around it. No learning, no tuning to labels. Proven by tests/data/test_attributes.py against phantoms whose mask is known.
+1. Black borders and drapes are set aside; hair is found by black-hat and top-hat and painted over (the idea of DullRazor,
+   Lee et al., Comput. Biol. Med. 1997;27:533); the skin's slow colour change is a quadratic surface, fitted robustly.
+2. At 64 x 64 and two scales, level sets of the colour difference to skin, and of its projection on Fisher's discriminant
+   between lesion and skin (Fisher 1936), compete; the one that stands out most from a ring around it wins.
+3. At 128 x 128 the border is put where the colour is half way between the skin and the lesion next to it.
+
+No learning, and nothing tuned to labels. Proven by tests/data/test_attributes.py on phantoms whose mask is known.
 """
 from dataclasses import dataclass
 
@@ -14,31 +16,35 @@ from scipy import ndimage
 
 FIELD_MM = 15.0  # an ISIC 2024 tile shows 15 mm x 15 mm whatever its pixel count
 SIDE, HALF = 128, 64
-PX_MM = FIELD_MM / HALF
-LEVELS = (0.35, 0.42, 0.5, 0.6, 0.7)
+MM = FIELD_MM / SIDE
 
 _CODE = np.arange(256) / 255
 _LINEAR = np.where(_CODE <= 0.04045, _CODE / 12.92, ((_CODE + 0.055) / 1.055) ** 2.4).astype(np.float32)
 _TO_XYZ = (np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750],
                      [0.0193339, 0.1191920, 0.9503041]]) / [[0.95047], [1.0], [1.08883]]).T.astype(np.float32)
-_Y, _X = ((np.mgrid[:HALF, :HALF] - (HALF - 1) / 2) * PX_MM).astype(np.float32)
-_RADIUS = np.hypot(_X, _Y)                     # mm from the centre
+
+
+def _grid(side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Distance from the centre in mm, and the six terms of a quadratic surface, at side x side pixels."""
+    y, x = ((np.mgrid[:side, :side] + 0.5) / side * 2 - 1).astype(np.float32)
+    return np.hypot(x, y) * (FIELD_MM / 2), np.stack([np.ones_like(x), x, y, x * y, x * x, y * y], -1)
+
+
+_RADIUS, _BASIS = _grid(HALF)
+_BASIS_FULL = _grid(SIDE)[1]
 _PRIOR = np.exp(-(_RADIUS / 3) ** 2 / 2)       # tiles are cut around the lesion
-_U, _V = _X / FIELD_MM * 2, _Y / FIELD_MM * 2
-_BASIS = np.stack([np.ones_like(_U), _U, _V, _U * _V, _U * _U, _V * _V], -1)
 
 
 @dataclass
 class Segment:
-    """A tile taken apart, all at 64 x 64 except where it says 128."""
-    mask: np.ndarray        # bool: the lesion, holes filled
-    field: np.ndarray       # float: 0 = skin, 1 = the lesion's median
-    level: float            # the level set of `field` that is the border
-    score: float            # how far it stands out: contrast over the spread of the skin around
-    lab: np.ndarray         # float [128,128,3]: CIELAB of the raw pixels
-    clean: np.ndarray       # float [128,128,3]: the same with hair painted over
-    hair: np.ndarray        # bool [128,128]
-    outside: np.ndarray     # bool [128,128]: no skin
+    """A tile taken apart; every array is 128 x 128."""
+    mask: np.ndarray        # bool: the lesion, holes filled; all False where none was found
+    field: np.ndarray       # float: 0 = skin, 1 = the lesion near by; the border is its 0.5 level
+    delta: np.ndarray       # float [...,3]: CIELAB difference to the skin around, hair painted over
+    score: float            # how far the lesion stands out: contrast over the spread of the skin around
+    lab: np.ndarray         # float [...,3]: CIELAB of the raw pixels
+    hair: np.ndarray        # bool
+    outside: np.ndarray     # bool: no skin
 
 
 def rgb_to_lab(image_u8: np.ndarray) -> np.ndarray:
@@ -49,7 +55,7 @@ def rgb_to_lab(image_u8: np.ndarray) -> np.ndarray:
 
 
 def segment(image_u8: np.ndarray) -> Segment:
-    """Take a square uint8 RGB tile of any size apart. A tile without a visible lesion gives a low `score`, or an empty mask."""
+    """Take a square uint8 RGB tile of any size apart. A tile with no visible lesion gives a low `score` or an empty mask."""
     if image_u8.ndim != 3 or image_u8.shape[2] != 3 or image_u8.dtype != np.uint8:
         raise ValueError(f"a tile is uint8 RGB [H, W, 3], got {image_u8.dtype} {list(image_u8.shape)}")
     if image_u8.shape[:2] != (SIDE, SIDE):
@@ -59,21 +65,12 @@ def segment(image_u8: np.ndarray) -> Segment:
     hair = _hair(lab[..., 0]) & ~outside
     clean = _fill(lab, outside | hair)
     half, ok = _halve(clean), _halve(~outside)[..., 0] > 0.99
-    delta = half - _background(half, ok)
-    best = 0.0, np.zeros((HALF, HALF), bool), np.zeros((HALF, HALF), np.float32), 0.5
-    for sigma in (0.8, 2.0):
-        smooth = ndimage.gaussian_filter(delta, (sigma, sigma, 0), truncate=3)
-        weighted = _saliency(smooth, ok) * (0.1 + _PRIOR)
-        mask = _component(weighted > 0.6 * weighted.max(), weighted)
-        for _ in range(3):
-            field = _discriminant(mask, smooth, ok)
-            found = field is not None and _best_level(field, ok)
-            if not found:
-                break
-            mask = found[1]
-            best = max(best, found, key=lambda candidate: candidate[0])
-    score, mask, field, level = best
-    return Segment(mask, field, level, score, lab, clean, hair, outside)
+    surface = _background(half, ok)
+    delta = half - _BASIS @ surface
+    score, mask = _best_patch(delta, ok)
+    delta_full = clean - _BASIS_FULL @ surface
+    mask, field, delta_full = _border(mask, delta, delta_full, ok)
+    return Segment(mask & ~outside, field, delta_full, score, lab, hair, outside)
 
 
 def _outside(lab: np.ndarray) -> np.ndarray:
@@ -84,20 +81,20 @@ def _outside(lab: np.ndarray) -> np.ndarray:
     edge = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
     area = np.bincount(labels.ravel())
     keep = np.isin(labels, [i for i in edge if i and area[i] > 60])
-    return ndimage.binary_dilation(keep, iterations=3) if keep.any() else keep
+    return _grow(keep, 3) if keep.any() else keep
 
 
 def _hair(light: np.ndarray) -> np.ndarray:
     """Dark and bright lines at most 6 px (0.7 mm) wide and over 18 px long, grown by one pixel."""
     out = np.zeros(light.shape, bool)
     for hat in (ndimage.grey_closing(light, 7) - light, light - ndimage.grey_opening(light, 7)):
-        labels, _ = ndimage.label(hat > max(6.0, 3 * np.median(hat)), np.ones((3, 3)))
+        labels, _ = ndimage.label(hat > max(6.0, 3 * np.median(hat[::2, ::2])), np.ones((3, 3)))
         area = np.bincount(labels.ravel())
         for i, box in enumerate(ndimage.find_objects(labels), 1):
             length = np.hypot(box[0].stop - box[0].start, box[1].stop - box[1].start)
             if length > 18 and area[i] < 6 * length:
                 out[box] |= labels[box] == i
-    return ndimage.binary_dilation(out)
+    return _grow(out, 1)
 
 
 def _fill(lab: np.ndarray, hidden: np.ndarray) -> np.ndarray:
@@ -105,9 +102,13 @@ def _fill(lab: np.ndarray, hidden: np.ndarray) -> np.ndarray:
     if not hidden.any():
         return lab
     weight = (~hidden).astype(np.float32)[..., None]
-    blurred = ndimage.gaussian_filter(lab * weight, (3, 3, 0), truncate=2.5)
-    blurred /= ndimage.gaussian_filter(weight, (3, 3, 0), truncate=2.5) + 1e-4
+    blurred = _blur(lab * weight, 3)
+    blurred /= _blur(weight, 3) + 1e-4
     return np.where(hidden[..., None], blurred, lab)
+
+
+def _blur(field: np.ndarray, sigma: float) -> np.ndarray:
+    return ndimage.gaussian_filter(field, (sigma, sigma, 0)[:field.ndim], truncate=2.5)
 
 
 def _halve(field: np.ndarray) -> np.ndarray:
@@ -115,11 +116,11 @@ def _halve(field: np.ndarray) -> np.ndarray:
 
 
 def _background(half: np.ndarray, ok: np.ndarray) -> np.ndarray:
-    """Skin colour as a quadratic surface, fitted to the rim more than to the centre, with pixels unlike skin dropped."""
+    """Skin colour as a quadratic surface [6,3], fitted to the rim more than to the centre, pixels unlike skin dropped."""
     basis, color = _BASIS[::2, ::2].reshape(-1, 6), half[::2, ::2].reshape(-1, 3)
     trust = ok[::2, ::2].ravel() * (0.15 + np.clip(_RADIUS[::2, ::2].ravel() / 5, 0, 1))
     if not trust.any():
-        return np.zeros_like(half)
+        return np.zeros((6, 3))
     ridge, weight = np.diag([1e-6, 1e-3, 1e-3, 0.03, 0.03, 0.03]), trust
     for _ in range(5):
         weighted = basis * weight[:, None]
@@ -127,19 +128,52 @@ def _background(half: np.ndarray, ok: np.ndarray) -> np.ndarray:
         residual = color - basis @ coefficients
         spread = 1.4826 * np.median(np.abs(residual[trust > 0]), 0) + 0.5
         weight = trust * np.exp(-((residual / spread) ** 2).sum(1) / 9)
-    return _BASIS @ coefficients
+    return coefficients
 
 
-def _saliency(smooth: np.ndarray, ok: np.ndarray) -> np.ndarray:
+def _best_patch(delta: np.ndarray, ok: np.ndarray) -> tuple[float, np.ndarray]:
+    """(score, mask) of the patch that stands out most, over two scales, two kinds of field and several levels."""
+    best = 0.0, np.zeros((HALF, HALF), bool)
+    for sigma in (0.8, 2.0):
+        smooth = _blur(delta, sigma)
+        distance = _distance(smooth, ok)
+        peak = np.quantile(distance[_RADIUS < 1.5], 0.8)
+        levels = np.unique(np.clip([2.5, 3.5, 5, 7, 0.35 * peak, 0.5 * peak, 0.65 * peak], 2, None).round(1))
+        found = _best_level(distance, levels, ok)
+        best = max(best, found, key=lambda candidate: candidate[0])
+        projection = _discriminant(found[1], smooth, ok)
+        if projection is not None:
+            field, middle = projection
+            best = max(best, _best_level(field, middle * np.array([0.35, 0.45, 0.55, 0.7]), ok), key=lambda candidate: candidate[0])
+    score, mask = best
+    opened = ndimage.binary_opening(mask)
+    mask = _component(opened, 0.01 + _PRIOR) if opened.any() else mask
+    return score, ndimage.binary_fill_holes(mask)
+
+
+def _distance(smooth: np.ndarray, ok: np.ndarray) -> np.ndarray:
     """Colour difference to the skin in units of its own spread; brighter (gloss) and greener count less."""
     sample = smooth[ok & (_RADIUS > 3)]
     if not len(sample):
         return np.zeros(smooth.shape[:2])
-    spread = 1.4826 * np.median(np.abs(sample - np.median(sample, 0)), 0) + 0.7
-    signed = smooth / spread
+    signed = smooth / (1.4826 * np.median(np.abs(sample - np.median(sample, 0)), 0) + 0.7)
     signed[..., 0] *= np.where(signed[..., 0] > 0, 0.35, 1)
     signed[..., 1] *= np.where(signed[..., 1] < 0, 0.6, 1)
     return np.sqrt((signed ** 2).sum(-1)) * ok
+
+
+def _discriminant(mask: np.ndarray, smooth: np.ndarray, ok: np.ndarray) -> tuple[np.ndarray, float] | None:
+    """(projection on Fisher's direction cov^-1 (lesion - skin), in units of the skin's spread; the lesion's median)."""
+    core, gap = mask & ok, _grow(mask, 2)
+    ring = _grow(gap, 9) & ~gap & ok
+    if core.sum() < 3 or ring.sum() < 30:
+        return None
+    inside, around = smooth[core], smooth[ring]
+    base = np.median(around, 0)
+    field = (smooth - base) @ np.linalg.solve(np.cov(around.T) + 0.5 * np.eye(3), inside.mean(0) - base)
+    field /= 1.4826 * np.median(np.abs(field[ring])) + 1e-6
+    middle = np.median(field[core])
+    return (field, middle) if middle > 0 else None
 
 
 def _component(mask: np.ndarray, score: np.ndarray) -> np.ndarray:
@@ -153,7 +187,7 @@ def _component(mask: np.ndarray, score: np.ndarray) -> np.ndarray:
 
 
 def _grow(mask: np.ndarray, times: int) -> np.ndarray:
-    """Dilation by a 4-neighbour cross, `times` times (faster on 64 x 64 than scipy's)."""
+    """Dilation by a 4-neighbour cross, `times` times (faster on small masks than scipy's)."""
     out = mask.copy()
     for _ in range(times):
         last = out.copy()
@@ -164,37 +198,53 @@ def _grow(mask: np.ndarray, times: int) -> np.ndarray:
     return out
 
 
-def _discriminant(mask: np.ndarray, smooth: np.ndarray, ok: np.ndarray) -> np.ndarray | None:
-    """Projection on Fisher's direction, cov^-1 (lesion - skin), scaled to 0 on the skin around and 1 at the lesion's median."""
-    core, gap = mask & ok, _grow(mask, 2)
-    ring = _grow(gap, 9) & ~gap & ok
-    if core.sum() < 3 or ring.sum() < 30:
-        return None
-    inside, around = smooth[core], smooth[ring]
-    base = np.median(around, 0)
-    field = (smooth - base) @ np.linalg.solve(np.cov(around.T) + np.eye(3), inside.mean(0) - base)
-    middle = np.median(field[core])
-    return field / middle if middle > 0 else None
+def _best_level(field: np.ndarray, levels: np.ndarray, ok: np.ndarray) -> tuple[float, np.ndarray]:
+    """(score, mask) of the level set that stands out most: saturated contrast to a ring 0.2-0.9 mm outside over the ring's
+    spread, times mild preferences for large, compact, central, and not cut by the tile's edge.
 
-
-def _best_level(field: np.ndarray, ok: np.ndarray) -> tuple | None:
-    """(score, mask, field, level) of the level set that stands out most: contrast to a ring 0.2-0.9 mm outside over the ring's
-    spread, times mild preferences for large, compact, central, and not cut by the tile's edge."""
-    best, weight = None, np.maximum(field, 0) * (0.02 + _PRIOR)
-    for level in LEVELS:
+    Saturated, field / (field + 4), so that a black patch does not outdo the brown lesion around it.
+    """
+    best, positive = (0.0, np.zeros(field.shape, bool)), np.maximum(field, 0)
+    saturated, weight = positive / (positive + 4), positive * (0.02 + _PRIOR)
+    for level in levels:
         mask = _component((field > level) & ok, weight)
-        mask = ndimage.binary_opening(mask)
-        mask = ndimage.binary_fill_holes(_component(mask, 0.01 + _PRIOR))
-        ring = _grow(mask, 4) & ~_grow(mask, 1) & ok
-        area = mask.sum()
-        if area < 8 or ring.sum() < 12:
+        inner = _grow(mask, 1)
+        ring = _grow(inner, 3) & ~inner & ok
+        area = np.count_nonzero(mask)
+        if area < 8 or np.count_nonzero(ring) < 12:
             continue
-        around = field[ring]
-        perimeter = (mask[1:] != mask[:-1]).sum() + (mask[:, 1:] != mask[:, :-1]).sum()
-        cut = mask[0].sum() + mask[-1].sum() + mask[:, 0].sum() + mask[:, -1].sum()
-        score = (field[mask].mean() - around.mean()) / np.sqrt(around.var() + 0.03)
+        around = saturated[ring]
+        perimeter = np.count_nonzero(mask[1:] != mask[:-1]) + np.count_nonzero(mask[:, 1:] != mask[:, :-1])
+        cut = mask[[0, -1]].sum() + mask[:, [0, -1]].sum()
+        score = (saturated[mask].mean() - around.mean()) / np.sqrt(around.var() + 0.01)
         score *= area ** 0.15 * (16 * area / perimeter ** 2) ** 0.3
         score *= (0.1 + _PRIOR[mask].mean()) ** 0.5 / (1 + cut / np.sqrt(area))
-        if best is None or score > best[0]:
-            best = float(score), mask, field, level
+        if score > best[0]:
+            best = float(score), mask
     return best
+
+
+def _border(mask: np.ndarray, delta: np.ndarray, delta_full: np.ndarray, ok: np.ndarray) -> tuple:
+    """(mask, field, delta) at 128: the border where the colour is half way from the skin around to the lesion next to it.
+
+    v = the lesion's colour difference, averaged over 1 mm inside the mask; field = <delta, v> / <v, v>, smoothed more where
+    the contrast is low.
+    """
+    gap = _grow(mask, 3)
+    ring = _grow(gap, 8) & ~gap & ok
+    if mask.sum() < 8 or ring.sum() < 12:
+        return np.zeros((SIDE, SIDE), bool), np.zeros((SIDE, SIDE), np.float32), delta_full
+    base = np.median(delta[ring], 0)
+    delta, delta_full = delta - base, delta_full - base
+    eroded = ndimage.binary_erosion(mask)
+    weight = (eroded if eroded.sum() > 12 else mask).astype(np.float32)[..., None]
+    local = _blur(delta * weight, 3.5) / (_blur(weight, 3.5) + 1e-3) + 1e-3 * (delta * weight).sum((0, 1)) / weight.sum()
+    spread = 1.4826 * np.median(np.abs(delta[ring] - np.median(delta[ring], 0)), 0) + 0.7
+    local = np.repeat(np.repeat(local / spread, 2, 0), 2, 1)
+    strength = (local ** 2).sum(-1)
+    field = ((delta_full / spread) * local).sum(-1) / np.maximum(strength, 1.0)
+    contrast = np.sqrt(np.median(strength[::2, ::2][mask]))
+    field = _blur(field, float(np.clip(8 / contrast, 0.9, 3)))
+    near = np.repeat(np.repeat(_grow(mask, 3), 2, 0), 2, 1)
+    fine = _component((field > 0.5) & near, np.repeat(np.repeat(mask * 1.0, 2, 0), 2, 1))
+    return ndimage.binary_fill_holes(fine), field, delta_full
