@@ -142,6 +142,11 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_bytes(data: bytes | memoryview) -> str:
+    """Hex SHA-256 of bytes or of anything that shows its bytes (a contiguous array)."""
+    return hashlib.sha256(data).hexdigest()
+
+
 def sha256_json(value: object) -> str:
     """Hex SHA-256 of a value's canonical JSON (sorted keys, no spaces): the key of every cache."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -82,6 +82,7 @@ def augmented_crops(images_u8, args, step: int):
     import torch
 
     from lesion import runtime
+    from lesion.data.cache import dihedral
     from lesion.sd.vae import to_pixels
     g = runtime.generator(args.seed, step)
     chosen = torch.randint(len(images_u8) - CHECK_TILES, (args.batch_size,), generator=g)
@@ -94,12 +95,6 @@ def augmented_crops(images_u8, args, step: int):
         dihedral(to_pixels(images_u8[i:i + 1, top:top + args.crop, left:left + args.crop]), view)
         for i, (top, left), view in zip(chosen.tolist(), corners, views)])
     return ((pixels + 1) * gain - 1).clamp(-1, 1)
-
-
-def dihedral(x, view: int):
-    """One of the 8 symmetries of the square, of the last two axes: quarter turns (view % 4), then a mirror for view >= 4."""
-    x = x.rot90(view % 4, dims=(-2, -1))
-    return x.flip(-1) if view >= 4 else x
 
 
 def vae_loss(decoded, pixels, mean, logvar, args):

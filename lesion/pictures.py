@@ -1,0 +1,89 @@
+"""Pictures of a run: contact sheet, denoising GIF, loss curve.
+
+Proven by tests/test_pictures.py.
+"""
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from lesion.files import atomic_path
+
+GAP, LINE = 6, 15
+PAPER, INK = (255, 255, 255), (60, 60, 60)
+
+
+def contact_sheet(images_u8: np.ndarray, columns: int = 8, titles: list[str] | None = None) -> Image.Image:
+    """uint8 [N,R,R,3] as a sheet with white gaps, row by row; `titles`, one a row of the sheet, stand above it."""
+    count, side = len(images_u8), images_u8.shape[1]
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    line = LINE if titles else 0
+    sheet = Image.new("RGB", (columns * (side + GAP) + GAP, rows * (side + GAP + line) + GAP), PAPER)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for number, image in enumerate(images_u8):
+        row, column = divmod(number, columns)
+        top = GAP + row * (side + GAP + line)
+        if titles and column == 0:
+            pen.text((GAP, top - 2), titles[row], fill=INK, font=font)
+        sheet.paste(Image.fromarray(image), (GAP + column * (side + GAP), top + line))
+    return sheet
+
+
+def save_png(path: Path, image: Image.Image | np.ndarray, text: dict[str, str] | None = None) -> None:
+    """Write a PNG atomically, with `text` in its text chunks."""
+    info = PngImagePlugin.PngInfo()
+    for key, value in (text or {}).items():
+        info.add_itxt(key, value)
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
+
+
+def save_gif(path: Path, frames_u8: list[np.ndarray], frame_ms: int = 80, hold_ms: int = 1500) -> None:
+    """Write uint8 [H,W,3] frames as a looping GIF that rests on the last; one palette, taken from the last frame and the first."""
+    pictures = [Image.fromarray(frame) for frame in frames_u8]
+    both = Image.new("RGB", (pictures[0].width * 2, pictures[0].height))
+    both.paste(pictures[0], (0, 0))
+    both.paste(pictures[-1], (pictures[0].width, 0))
+    palette = both.quantize(256, method=Image.Quantize.MEDIANCUT)
+    pictures = [picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for picture in pictures]
+    with atomic_path(path) as temporary:
+        pictures[0].save(temporary, format="GIF", save_all=True, append_images=pictures[1:], loop=0, optimize=False,
+                         duration=[frame_ms] * (len(pictures) - 1) + [hold_ms])
+
+
+def loss_curve(metrics: Path, path: Path) -> None:
+    """Training loss (each step and its running mean), by timestep quartile, and validation loss, from a run's metrics.jsonl."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    rows = [json.loads(line) for line in Path(metrics).read_text().splitlines()]
+    train = [row for row in rows if "loss" in row]
+    checks = [row for row in rows if "val_loss" in row]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    steps, loss = np.array([row["step"] for row in train]), np.array([row["loss"] for row in train])
+    left.plot(steps, loss, color="0.8", lw=0.6, label="training, each step")
+    width = max(1, len(loss) // 30)
+    if len(loss) >= 2 * width:
+        smooth = np.convolve(loss, np.ones(width) / width, mode="valid")
+        left.plot(steps[width - 1:], smooth, color="#0072b2", lw=1.6, label=f"training, mean of {width}")
+    if checks:
+        left.plot([row["step"] for row in checks], [row["val_loss"] for row in checks], "o-", color="#d55e00", ms=3, lw=1.4,
+                  label="held-out tiles, fixed noise")
+    left.set(xlabel="step", ylabel="noise prediction error (MSE)", title="Loss")
+    left.legend(frameon=False, fontsize=8)
+    key, source, what = ("val_loss_q", checks, "held-out") if len(checks) > 1 else ("loss_q", train, "training")
+    for quartile, color in enumerate(("#0072b2", "#009e73", "#e69f00", "#cc79a7"), 1):
+        points = [(row["step"], row[f"{key}{quartile}"]) for row in source if row.get(f"{key}{quartile}") is not None]
+        if points:
+            right.plot(*zip(*points), "o-" if what == "held-out" else "-", ms=2.5, lw=1.2, color=color,
+                       label=f"t {250 * (quartile - 1)} to {250 * quartile - 1}")
+    right.set(xlabel="step", yscale="log", title=f"By timestep, {what}")
+    right.legend(frameon=False, fontsize=8)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None})
