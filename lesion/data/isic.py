@@ -1,41 +1,33 @@
 """Readers of lesion tiles: what each published layout holds, by isic_id, without touching a pixel.
 
-Layouts (ISIC 2024 / SLICE-3D, Kurtansky et al. 2024, doi:10.1038/s41597-024-03743-w, as the ISIC archive and Kaggle publish it):
-  the official zip (or several), read in place, or its folder however nested, with *_GroundTruth.csv beside it, and where
-  present *_Supplement.csv and metadata.csv; the same zip at an http(s) URL (lesion/data/remote.py);
+Layouts (ISIC 2024 / SLICE-3D, Kurtansky et al. 2024, doi:10.1038/s41597-024-03743-w, as archive and Kaggle publish it):
+  the official zip (or several), read in place, or its folder however nested, with *_GroundTruth.csv beside it, and
+  where present *_Supplement.csv and metadata.csv; the same zip at an http(s) URL (lesion/data/remote.py);
   Kaggle's train-metadata.csv with train-image/image/*.jpg or train-image.hdf5;
-  folders named benign and malignant (also under train, val, test; also kohya's "10_malignant"); a Hugging Face imagefolder
-  (metadata.jsonl or .csv with file_name: a prepared data set is one). kohya captions (.txt, .caption) are read beside tiles.
-Tables are read twice, for the few columns that decide the sample and then for the sampled tiles only: 400,000 rows of 55
-columns never stand in memory. Proven by tests/data/test_isic.py.
+  folders named benign and malignant (also under train, val, test; also kohya's "10_malignant"); a Hugging Face
+  imagefolder (metadata.jsonl or .csv with file_name: a prepared data set is one); kohya captions (.txt, .caption)
+  beside any loose tiles.
+Tables are read twice, for the few columns that decide the sample and then for the sampled tiles only: 400,000 rows of
+55 columns never stand in memory. Proven by tests/data/test_isic.py.
 """
-import csv
 import io
 import json
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lesion import files
+from lesion.data.tables import SPLITS, Table, columns, file_table, header_of, label_of, some, split_of, typed
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 LABEL_COLUMNS = ("malignant", "target", "label")
-LABELS = {"0": "benign", "0.0": "benign", "benign": "benign", "1": "malignant", "1.0": "malignant", "malignant": "malignant"}
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-MISSING = {"", "na", "nan", "null", "none"}
-CLASS_FOLDER = re.compile(r"^(?:\d+_)?(benign|malignant)\b", re.IGNORECASE)  # "malignant", kohya's "10_malignant lesion"
+CLASS_FOLDER = re.compile(r"^(?:\d+_)?(benign|malignant)\b", re.IGNORECASE)  # kohya: "10_malignant lesion"
 LABEL_TABLES = ("*GroundTruth*.csv", "train-metadata.csv")
 MORE_TABLES = ("*Supplement*.csv", "metadata.csv")
-
-
-@dataclass
-class Table:
-    """A csv table: its name for messages, and how to open it as text."""
-    name: str
-    open: Callable[[], io.TextIOBase]
 
 
 @dataclass
@@ -43,27 +35,28 @@ class Source:
     """What a source holds. `where` has every tile: isic_id -> whatever `read` and `stamp` need to find it."""
     layout: str
     where: dict[str, object]
-    read: Callable[[list[str]], Iterator[tuple[str, bytes | ValueError]]]  # tiles in the order asked for
-    stamp: Callable[[str], list]                 # isic_id -> what changes when its bytes do
+    read: Callable[[list[str]], Iterator[tuple[str, bytes | ValueError]]]  # isic_ids -> their bytes, or why not
+    stamp: Callable[[str], list]                     # isic_id -> what changes with its bytes; of a zip [size, CRC-32]
     origin: Callable[[str], tuple[str, str | None]]  # isic_id -> (name of the data set, licence)
     tables: list[Table] = field(default_factory=list)
     labels: dict[str, str] = field(default_factory=dict)
     patients: dict[str, str] = field(default_factory=dict)
     lesions: dict[str, str] = field(default_factory=dict)
-    given: dict[str, dict] = field(default_factory=dict)  # columns that came with a tile: split, text, attributes ...
+    given: dict[str, dict] = field(default_factory=dict)  # what came with a tile: split, text, attributes ...
     suffix: Callable[[str], str] = lambda isic_id: ".jpg"
     notes: list[str] = field(default_factory=list)
+    remote: bool = False
 
 
-def open_source(path: str | Path, ground_truth: str | Path | None = None) -> Source:
-    """Recognise the layout at `path` (folder, zip, hdf5, csv, URL) and read who is there: tiles, labels, patients, lesions.
+def open_source(path: str | Path, ground_truth: str | Path | None = None, workers: int = 4) -> Source:
+    """Recognise the layout at `path` (folder, zip, hdf5, csv, URL); read which tiles, labels, patients, lesions it has.
 
     `ground_truth`: the label csv, where it is not beside the tiles. Tiles without a label and labels without a tile are
-    left out and counted in `notes`. ValueError says what is missing, wrong or listed twice.
+    left out and counted in `notes`. `workers`: connections to a URL. ValueError says what is missing, wrong or twice.
     """
     if str(path).startswith(("http://", "https://")):
         from lesion.data import remote
-        source, label_tables = remote.open_url(str(path), ground_truth)
+        source, label_tables = remote.open_url(str(path), ground_truth, workers)
     else:
         source, label_tables = _open_local(Path(path), ground_truth)
     for table in label_tables:
@@ -76,92 +69,53 @@ def open_source(path: str | Path, ground_truth: str | Path | None = None) -> Sou
 def _open_local(path: Path, ground_truth) -> tuple[Source, list[Table]]:
     if not path.exists():
         raise ValueError(f"--source {path} does not exist: give the folder, zip, hdf5 file or URL of the tiles")
-    if path.is_file() and path.suffix.lower() == ".csv":
+    if path.suffix.lower() == ".csv" and path.is_file():
         path, ground_truth = path.parent, ground_truth or path
+    if path.is_dir() and (listings := _imagefolder_listings(path)):
+        return _imagefolder(path, listings), []
     folder = path if path.is_dir() else path.parent
-    if path.is_dir() and (listing := _imagefolder_listings(path)):
-        return _imagefolder(path, listing), []
-    zips = [path] if path.is_file() else sorted(folder.glob("*.zip"), key=lambda p: ("Permissive" not in p.name, p.name))
-    tables = [] if ground_truth else _tables(folder, LABEL_TABLES)
-    if path.is_file() and path.suffix.lower() == ".zip" and not ground_truth:
-        own = path.name.lower().replace("_input.zip", "_groundtruth.csv")  # several releases may share a folder
-        tables = [t for t in tables if t.name.lower() == own] or tables
-    more = _tables(folder, MORE_TABLES)
-    if path.suffix.lower() in (".hdf5", ".h5"):
-        source = _hdf5(path)
-    elif path.is_file() and path.suffix.lower() != ".zip":
-        raise ValueError(f"--source {path} is not a folder, .zip, .hdf5 or .csv file")
-    elif zips:
-        source = _zips(zips)
-    elif path.is_dir() and not (folder / "train-image").is_dir() and (folder / "train-image.hdf5").is_file():
-        source = _hdf5(folder / "train-image.hdf5")
-    else:
-        source = _folder(folder)
-    if ground_truth:
-        ground_truth = Path(ground_truth)
-        if not ground_truth.is_file():
-            raise ValueError(f"--ground-truth {ground_truth} does not exist")
-        tables = [_file_table(ground_truth)]
-    source.tables = tables + more + source.tables
-    if not tables and not source.labels:
+    source, names = _tiles(path, folder)
+    labels = [file_table(ground_truth, "--ground-truth")] if ground_truth else _tables(folder, LABEL_TABLES)
+    if len(labels) > 1:  # several releases may share a folder: only their own labels belong to the tiles
+        labels = [t for t in labels if t.name.lower() in names] or labels
+    if not labels and not source.labels:
         raise ValueError(f"{path}: no labels found: expected *_GroundTruth.csv or train-metadata.csv beside the tiles, "
                          "folders named benign and malignant, or --ground-truth CSV")
-    return source, tables
+    source.tables = labels + _tables(folder, MORE_TABLES) + source.tables
+    return source, labels
+
+
+def _tiles(path: Path, folder: Path) -> tuple[Source, set[str]]:
+    """The tiles at `path`, and the names their label tables would have."""
+    suffix = path.suffix.lower() if path.is_file() else ""
+    if suffix in (".hdf5", ".h5"):
+        return _hdf5(path), {"train-metadata.csv"}
+    if suffix not in ("", ".zip"):
+        raise ValueError(f"--source {path} is not a folder, .zip, .hdf5 or .csv file")
+    zips = [path] if suffix else sorted(folder.glob("*.zip"), key=lambda p: ("Permissive" not in p.name, p.name))
+    if zips:
+        return _zips(zips), {label_table_of(p.name).lower() for p in zips}
+    if (folder / "train-image.hdf5").is_file() and not (folder / "train-image").is_dir():
+        return _hdf5(folder / "train-image.hdf5"), {"train-metadata.csv"}
+    return _folder(folder), set()
+
+
+def label_table_of(name: str) -> str:
+    """The label table's name that goes with an official archive's (..._Input.zip -> ..._GroundTruth.csv)."""
+    return re.sub(r"(_Input)?\.zip$", "_GroundTruth.csv", name)
 
 
 def _tables(folder: Path, patterns: Iterable[str]) -> list[Table]:
     """csv tables in `folder` and one level below (the archive's doubly nested folder)."""
     found = [p for pattern in patterns for p in sorted([*folder.glob(pattern), *folder.glob("*/" + pattern)])]
-    return [_file_table(p) for p in found]
-
-
-def _file_table(path: Path) -> Table:
-    return Table(path.name, lambda: open(path, encoding="utf-8-sig", newline=""))
-
-
-# --- tables ----------------------------------------------------------------------------------------------------------
-
-def columns(table: Table, wanted: Iterable[str], required: str | None = None) -> Iterator[tuple[int, list[str | None]]]:
-    """(line number, values of `wanted` in order; None where missing, empty or NA) of each row of a csv table."""
-    with table.open() as text:
-        try:
-            reader = csv.reader(text)
-            header = [name.strip() for name in next(reader, [])]
-            if required and required not in header:
-                raise ValueError(f"{table.name} has no column {required}: it has {', '.join(header[:6]) or 'no columns'}"
-                                 f"{', ...' if len(header) > 6 else ''}")
-            places = [header.index(name) if name in header else None for name in wanted]
-            for row in reader:
-                if not row:
-                    continue
-                if len(row) != len(header):
-                    raise ValueError(f"{table.name}, line {reader.line_num}: {len(row)} columns, the header has {len(header)}")
-                yield reader.line_num, [None if i is None or row[i].strip().lower() in MISSING else row[i].strip()
-                                        for i in places]
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{table.name} is not a readable csv file: {error}") from None
-
-
-def header_of(table: Table) -> list[str]:
-    """Column names of a csv table."""
-    with table.open() as text:
-        return [name.strip() for name in next(csv.reader(text), [])]
-
-
-def label_of(value: object, place: str) -> str:
-    """"benign" or "malignant" from 0/1 (however written) or the word; ValueError names the place otherwise."""
-    if isinstance(value, bool | int | float):
-        value = float(value)
-    label = LABELS.get(str(value).strip().lower())
-    if label is None:
-        raise ValueError(f"{place}: label {value!r} is not allowed: use 0 or benign, 1 or malignant")
-    return label
+    return [file_table(p) for p in found]
 
 
 def _read_labels(table: Table, source: Source) -> None:
-    present = [name for name in LABEL_COLUMNS if name in (names := header_of(table))]
+    names = header_of(table)
+    present = [name for name in LABEL_COLUMNS if name in names]
     if "isic_id" in names and not present:
-        raise ValueError(f"{table.name} has no label column: expected malignant (0/1) or target (0/1), it has {', '.join(names[:6])}")
+        raise ValueError(f"{table.name} has no column malignant or target: it has {some(names)}")
     seen = set()
     for line, (isic_id, value) in columns(table, ["isic_id", *present[:1]], required="isic_id"):
         place = f"{table.name}, line {line}"
@@ -170,18 +124,18 @@ def _read_labels(table: Table, source: Source) -> None:
         if isic_id in seen:
             raise ValueError(f"{place}: {isic_id} is listed twice")
         seen.add(isic_id)
-        label = label_of("" if value is None else value, place)
+        label = label_of(value, f"{place}, {isic_id}")
         if source.labels.setdefault(isic_id, label) != label:
             raise ValueError(f"{place}: {isic_id} is {label} here and {source.labels[isic_id]} elsewhere in the source")
 
 
 def _read_groups(table: Table, source: Source) -> None:
-    """Patients and lesions of a table; the first table that names one wins. Values are shared, not copied, in memory."""
+    """Patients and lesions of a table; the first table that names one wins. Equal values share their memory."""
     names = header_of(table)
     if "isic_id" not in names or not {"patient_id", "lesion_id"} & set(names):
         return
     shared = {}
-    for _, (isic_id, patient, lesion) in columns(table, ["isic_id", "patient_id", "lesion_id"]):
+    for _, (isic_id, patient, lesion) in columns(table, ["isic_id", "patient_id", "lesion_id"], only=source.where):
         if patient:
             source.patients.setdefault(isic_id, shared.setdefault(patient, patient))
         if lesion:
@@ -193,25 +147,12 @@ def metadata(source: Source, ids: Iterable[str]) -> dict[str, dict]:
     wanted = {isic_id: {} for isic_id in ids}
     for table in source.tables:
         names = header_of(table)
-        if "isic_id" not in names:
-            continue
-        for _, values in columns(table, ["isic_id", *names]):
-            row = wanted.get(values[0])
-            if row is not None:
-                for name, value in zip(names, values[1:]):
+        if "isic_id" in names:
+            for _, (isic_id, *values) in columns(table, ["isic_id", *names], only=wanted):
+                for name, value in zip(names, values):
                     if value is not None and name != "isic_id":
-                        row.setdefault(name, _typed(name, value))
+                        wanted[isic_id].setdefault(name, typed(name, value))
     return wanted
-
-
-def _typed(name: str, value: str) -> object:
-    if name.endswith("_id"):
-        return value
-    try:
-        number = float(value)
-    except ValueError:
-        return value
-    return int(number) if number.is_integer() and abs(number) < 2 ** 53 else number
 
 
 def _matched(source: Source) -> Source:
@@ -254,14 +195,20 @@ def zip_members(archive: zipfile.ZipFile, name: str) -> dict[str, zipfile.ZipInf
         if is_tile(member.filename):
             isic_id = os.path.splitext(member.filename.rpartition("/")[2])[0]
             if members.setdefault(isic_id, member).CRC != member.CRC:
-                raise ValueError(f"{name} holds {isic_id} twice with different bytes: {members[isic_id].filename}, {member.filename}")
+                raise ValueError(f"{name} holds {isic_id} twice with different bytes: {members[isic_id].filename}, "
+                                 f"{member.filename}")
     return members
+
+
+def is_table(name: str) -> bool:
+    """Whether a path inside an archive is metadata.csv or a Supplement."""
+    return re.search(r"(^|/)(metadata|[^/]*Supplement[^/]*)\.csv$", name) is not None and "__MACOSX" not in name
 
 
 def zip_tables(archive: zipfile.ZipFile) -> list[Table]:
     """metadata.csv and its like inside a zip."""
-    names = [n for n in archive.namelist() if re.search(r"(^|/)(metadata|[^/]*Supplement[^/]*)\.csv$", n) and "__MACOSX" not in n]
-    return [Table(n, lambda n=n: io.TextIOWrapper(archive.open(n), encoding="utf-8-sig", newline="")) for n in names]
+    return [Table(n, lambda n=n: io.TextIOWrapper(archive.open(n), encoding="utf-8-sig", newline=""))
+            for n in filter(is_table, archive.namelist())]
 
 
 def _zips(paths: list[Path]) -> Source:
@@ -274,7 +221,7 @@ def _zips(paths: list[Path]) -> Source:
         archives.append(archive)
         for isic_id, member in zip_members(archive, path.name).items():
             if where.setdefault(isic_id, (number, member))[1].CRC != member.CRC:
-                raise ValueError(f"{isic_id} is in {paths[where[isic_id][0]].name} and {path.name} with different bytes: "
+                raise ValueError(f"{isic_id} differs between {paths[where[isic_id][0]].name} and {path.name}: "
                                  "give one of the two as --source")
         tables += zip_tables(archive)
 
@@ -283,7 +230,7 @@ def _zips(paths: list[Path]) -> Source:
             number, member = where[isic_id]
             try:
                 yield isic_id, archives[number].read(member)
-            except (zipfile.BadZipFile, OSError, RuntimeError, EOFError, NotImplementedError, zipfile.zlib.error) as error:
+            except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, EOFError) as error:
                 yield isic_id, ValueError(f"{paths[number].name}: {error}")
 
     return Source("zip", where, read, lambda i: [where[i][1].file_size, where[i][1].CRC],
@@ -297,7 +244,7 @@ def _hdf5(path: Path) -> Source:
         handle = h5py.File(path, "r")
     except OSError as error:
         raise ValueError(f"{path} is not a readable hdf5 file: {error}") from None
-    where = dict.fromkeys(handle.keys())
+    where, size = dict.fromkeys(handle.keys()), path.stat().st_size
 
     def read(ids):
         import numpy as np
@@ -307,12 +254,12 @@ def _hdf5(path: Path) -> Source:
             except (OSError, KeyError, RuntimeError) as error:
                 yield isic_id, ValueError(f"{path.name}: {error}")
 
-    return Source("hdf5 file", where, read, lambda i: [int(handle[i].dtype.itemsize), int(handle[i].size), path.stat().st_size],
+    return Source("hdf5 file", where, read, lambda i: [int(handle[i].dtype.itemsize) * int(handle[i].size), size],
                   lambda i: origin_of(path.name))
 
 
 def _folder(folder: Path) -> Source:
-    """Loose tiles, however nested; labels and split from folder names where these say so, captions from kohya sidecars."""
+    """Loose tiles, however nested; labels and split by folder names where these say so, captions from sidecars."""
     where, labels, given = {}, {}, {}
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
@@ -348,8 +295,8 @@ def _from_paths(layout: str, folder: Path, where: dict, labels: dict, given: dic
         return [status.st_size, status.st_mtime_ns]
 
     def origin(isic_id):
-        parts = [*Path(where[isic_id]).relative_to(folder).parts[:-1], *(t.name for t in source.tables), folder.resolve().name]
-        known = [origin_of(part) for part in parts]
+        parts = [*Path(where[isic_id]).relative_to(folder).parts[:-1], *(t.name for t in source.tables)]
+        known = [origin_of(part) for part in (*parts, folder.resolve().name)]
         return next((o for o in known if o[1]), known[-1])
 
     source = Source(layout, where, read, stamp, origin, labels=labels, given=given,
@@ -363,7 +310,7 @@ def _imagefolder_listings(folder: Path) -> list[Path]:
     for place in [folder, *(p for p in sorted(folder.iterdir()) if p.is_dir() and p.name.lower() in SPLITS)]:
         if (place / files.MANIFEST).is_file():
             listings.append(place / files.MANIFEST)
-        elif (place / "metadata.csv").is_file() and "file_name" in header_of(_file_table(place / "metadata.csv")):
+        elif (place / "metadata.csv").is_file() and "file_name" in header_of(file_table(place / "metadata.csv")):
             listings.append(place / "metadata.csv")
     return listings
 
@@ -387,7 +334,7 @@ def _imagefolder(folder: Path, listings: list[Path]) -> Source:
                 missing.append(isic_id)
                 continue
             where[isic_id] = str(path)
-            given[isic_id] = {**row, **({"split": SPLITS.get(str(split).lower(), split)} if split else {})}
+            given[isic_id] = {**row, **({"split": split_of(split, place)} if split else {})}
     source = _from_paths("imagefolder", folder, where, labels, given)
     source.patients = {i: str(r["patient_id"]) for i, r in given.items() if r.get("patient_id") is not None}
     source.lesions = {i: str(r["lesion_id"]) for i, r in given.items() if r.get("lesion_id") is not None}
@@ -395,7 +342,7 @@ def _imagefolder(folder: Path, listings: list[Path]) -> Source:
 
 
 def _csv_rows(path: Path) -> list[dict]:
-    table = _file_table(path)
+    table = file_table(path)
     names = header_of(table)
     rows = []
     for line, values in columns(table, names, required="file_name"):

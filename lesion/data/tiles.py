@@ -1,11 +1,11 @@
-"""Tiles from disk to memory: decode, square, fill black borders, normalise colour, resize; once, into a memory-mapped cache.
+"""Tiles from disk to memory: decode, fill black borders, normalise colour, resize; once, into a memory-mapped cache.
 
 A tile shows 15 mm of skin with the lesion in the middle. Everything here keeps that scale and centre:
-- black borders: where the camera's view ended the archive pads with black strips at one or two sides. Cropping them would
-  move the lesion and change the millimetres per pixel, so the strips are filled by mirroring the skin beside them, from
-  which the tile's middle 4.5 mm are kept out, lest the lesion appear twice;
+- black borders: where the camera's view ended the archive pads with black strips at one or two sides. Cropping them
+  would move the lesion and change the millimetres per pixel, so the strips are filled by mirroring the skin beside
+  them, from which the tile's middle 4.5 mm are kept out, lest the lesion appear twice;
 - a tile that is not square (none in ISIC 2024) is cropped to its central square: padding would paint new borders;
-- resizing is Pillow's bicubic, which widens its kernel when shrinking (antialiased); Lanczos rings at hairs and pen marks.
+- resizing is Pillow's bicubic, which widens its kernel when it shrinks (antialiased); Lanczos rings at hairs and pens.
 Pillow does not forgive truncated files here: such a tile is named as unreadable. Proven by tests/data/test_tiles.py.
 """
 import io
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lesion import files
 from lesion.data import colour
@@ -30,23 +30,31 @@ MIDDLE_MM = 4.5  # median lesion 3 to 4 mm
 
 @dataclass
 class Tiles:
-    """images_u8 [M,R,R,3] uint8 RGB (read-only: memory-mapped); rows, the M readable rows; unreadable, "name: reason"."""
+    """images_u8 [M,R,R,3] uint8 RGB, read-only (memory-mapped); rows, the M readable; unreadable, "name: reason"."""
     images_u8: np.ndarray
     rows: list[dict]
     unreadable: list[str]
 
 
-def decode(data: bytes) -> np.ndarray:
-    """A tile's bytes as uint8 RGB [S,S,3]: EXIF orientation applied, central square. ValueError names what is wrong."""
+def decode(data: bytes, square: bool = True) -> np.ndarray:
+    """A tile's bytes as uint8 RGB [H,W,3], EXIF orientation applied; by default its central square.
+
+    ValueError says why bytes are not a tile: no picture, truncated, 16 bits a channel.
+    """
     try:
         with Image.open(io.BytesIO(data)) as picture:
             if picture.mode in ("I", "F") or picture.mode.startswith("I;"):
                 raise ValueError(f"mode {picture.mode}, expected 8 bits a channel")
             picture = ImageOps.exif_transpose(picture).convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "not a picture that Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        reason = "not a picture that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
         raise ValueError(reason or type(error).__name__) from None
     image = np.asarray(picture)
+    return central_square(image) if square else image
+
+
+def central_square(image: np.ndarray) -> np.ndarray:
+    """The central square of `image` [H,W,3]."""
     side = min(image.shape[:2])
     top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
     return image[top:top + side, left:left + side]
@@ -107,42 +115,46 @@ def resize(image: np.ndarray, resolution: int) -> np.ndarray:
     return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((resolution, resolution), Image.BICUBIC))
 
 
-def tile(data: bytes, resolution: int, color_norm: str = "none") -> np.ndarray:
+def tile(data: bytes, resolution: int, color_norm: str = "none", reference: dict | None = None) -> np.ndarray:
     """One tile's bytes as the network sees it, [resolution, resolution, 3] uint8. ValueError if unreadable."""
-    return resize(colour.normalise(fill_borders(decode(data)), color_norm), resolution)
+    return resize(colour.normalise(fill_borders(decode(data)), color_norm, reference), resolution)
 
 
-def color_norm_of(folder: Path) -> str:
-    """The colour normalisation recorded in `folder`/dataset.json; "none" where there is no such file (a synthetic set)."""
+def recorded_norm(folder: Path) -> tuple[str, dict | None]:
+    """(colour normalisation, its reference) recorded in `folder`/dataset.json; ("none", None) where there is no such
+    file: synthetic tiles are drawn in the space of the set they were learnt from."""
     path = Path(folder) / "dataset.json"
-    return json.loads(path.read_text()).get("color_norm", "none") if path.is_file() else "none"
+    if not path.is_file():
+        return "none", None
+    record = json.loads(path.read_text())
+    return colour.check(record.get("color_norm", "none")), record.get("color_norm_reference")
 
 
 def load_tiles(folder: Path, rows: list[dict], resolution: int, progress: Callable | None = None) -> Tiles:
-    """The tiles of `rows` (a subset of `folder`'s manifest) at resolution^2, under the set's recorded colour normalisation.
+    """The tiles of `rows` (some of `folder`'s manifest) at resolution^2, under the set's recorded colour normalisation.
 
-    Cached in `folder`/.cache under the SHA-256 of what decides the pixels: file names, sizes and times, resolution, colour
-    normalisation, this module's VERSION. A cache that cannot be written (read-only folder) is done without. `progress`
-    wraps the iterator of tiles (as `cli.progress` does; called with `total`). ValueError if rows is empty or none is readable.
+    Cached in `folder`/.cache under the SHA-256 of what decides the pixels: file names, sizes and times, resolution,
+    colour normalisation, this module's VERSION. A cache that cannot be written (read-only folder) is done without.
+    `progress` wraps the iterator of tiles, as `cli.progress` does. ValueError if `rows` is empty or no tile is readable.
     """
     folder = Path(folder)
     if not rows:
         raise ValueError(f"{folder}: no tiles to load (no row matches)")
-    color_norm = color_norm_of(folder)
-    stamps = [_stamp(folder / row["file_name"]) for row in rows]
-    key = files.sha256_json([[row["file_name"] for row in rows], stamps, resolution, color_norm, VERSION])[:16]
+    norm = recorded_norm(folder)
+    names = [row["file_name"] for row in rows]
+    key = files.sha256_json([names, [_stamp(folder / name) for name in names], resolution, norm, VERSION])[:16]
     cached, listing = folder / ".cache" / f"tiles-{key}.npy", folder / ".cache" / f"tiles-{key}.json"
     if not (cached.is_file() and listing.is_file()):
-        images, problems = _decode_all(folder, rows, resolution, color_norm, progress)
+        images, problems = _decode_all(folder, names, resolution, norm, progress)
         if len(problems) == len(rows):
-            raise ValueError(f"{folder}: none of the {len(rows)} tiles is readable (first: {_named(rows, problems)[0]})")
+            raise ValueError(f"{folder}: none of the {len(rows)} tiles is readable ({names[0]}: {problems[0][1]})")
         try:
-            _save(cached, images)
+            with files.atomic_path(cached) as temporary, open(temporary, "wb") as file:
+                np.save(file, images)
             files.write_json(listing, problems)
         except OSError:
-            return Tiles(images, _readable(rows, problems), _named(rows, problems))
-    problems = json.loads(listing.read_text())
-    return Tiles(np.load(cached, mmap_mode="r"), _readable(rows, problems), _named(rows, problems))
+            return _tiles(images, rows, problems)
+    return _tiles(np.load(cached, mmap_mode="r"), rows, json.loads(listing.read_text()))
 
 
 def _stamp(path: Path) -> list[int]:
@@ -153,35 +165,28 @@ def _stamp(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _decode_all(folder, rows, resolution, color_norm, progress):
-    """Images of the readable rows [M,R,R,3], and {str(row number): reason} of the others. Pillow releases the GIL: threads do."""
-    images, problems = np.empty((len(rows), resolution, resolution, 3), np.uint8), {}
+def _tiles(images: np.ndarray, rows: list[dict], problems: list) -> Tiles:
+    bad = {number for number, _ in problems}
+    return Tiles(images, [row for number, row in enumerate(rows) if number not in bad],
+                 [f"{rows[number]['file_name']}: {reason}" for number, reason in problems])
+
+
+def _decode_all(folder, names, resolution, norm, progress):
+    """Readable tiles [M,R,R,3], and [row number, reason] of the others. Pillow releases the GIL: threads do."""
+    images, problems = np.empty((len(names), resolution, resolution, 3), np.uint8), []
 
     def one(number):
         try:
-            images[number] = tile((folder / rows[number]["file_name"]).read_bytes(), resolution, color_norm)
+            images[number] = tile((folder / names[number]).read_bytes(), resolution, *norm)
         except (OSError, ValueError) as error:
             return number, getattr(error, "strerror", None) or str(error)
         return number, None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        done = pool.map(one, range(len(rows)))
-        for number, reason in progress(done, total=len(rows)) if progress else done:
+        done = pool.map(one, range(len(names)))
+        for number, reason in progress(done, total=len(names), desc="tiles", unit="tile") if progress else done:
             if reason:
-                problems[str(number)] = reason
+                problems.append([number, reason])
     if problems:
-        images = images[[str(number) not in problems for number in range(len(rows))]]
+        images = np.delete(images, [number for number, _ in problems], axis=0)
     return images, problems
-
-
-def _save(path: Path, images: np.ndarray) -> None:
-    with files.atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, images)
-
-
-def _readable(rows, problems):
-    return [row for number, row in enumerate(rows) if str(number) not in problems]
-
-
-def _named(rows, problems):
-    return [f"{rows[int(number)]['file_name']}: {reason}" for number, reason in problems.items()]
