@@ -31,6 +31,27 @@ def contact_sheet(images_u8: np.ndarray, columns: int = 8, titles: list[str] | N
     return sheet
 
 
+def as_array(image: Image.Image) -> np.ndarray:
+    """A picture as uint8 [H,W,3]."""
+    return np.asarray(image.convert("RGB"))
+
+
+def open_images(paths: list[Path]) -> np.ndarray:
+    """Pictures of one size as uint8 [N,H,W,3]."""
+    return np.stack([as_array(Image.open(path)) for path in paths])
+
+
+def stack(sheets: list[Image.Image], titles: list[str]) -> Image.Image:
+    """Sheets one above the other, each under its title."""
+    picture = Image.new("RGB", (max(sheet.width for sheet in sheets), sum(sheet.height + LINE for sheet in sheets)), PAPER)
+    pen, font, top = ImageDraw.Draw(picture), ImageFont.load_default(12), 0
+    for sheet, title in zip(sheets, titles):
+        pen.text((GAP, top), title, fill=INK, font=font)
+        picture.paste(sheet, (0, top + LINE))
+        top += sheet.height + LINE
+    return picture
+
+
 def save_png(path: Path, image: Image.Image | np.ndarray, text: dict[str, str] | None = None) -> None:
     """Write a PNG atomically, with `text` in its text chunks."""
     info = PngImagePlugin.PngInfo()

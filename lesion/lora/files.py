@@ -58,7 +58,7 @@ def read(path: Path, networks: dict[str, nn.Module]) -> tuple[dict[str, Factors]
 
     ValueError: no such file, damaged, an unknown key, a module without both factors, shapes that do not fit, not finite, nothing in it.
     """
-    path = _find(Path(path))
+    path = find(Path(path))
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -84,7 +84,8 @@ def read(path: Path, networks: dict[str, nn.Module]) -> tuple[dict[str, Factors]
     return {name: _factors(path, name, parts, modules[name], adapter) for name, parts in found.items()}, metadata
 
 
-def _find(path: Path) -> Path:
+def find(path: Path) -> Path:
+    """The LoRA file that `path`, a file or a run's or adapter's folder, means. ValueError if there is none."""
     if path.is_dir():
         for name in NAMES_IN_FOLDER:
             if (path / name).is_file():

@@ -1,0 +1,241 @@
+"""Draw synthetic tiles: Stable Diffusion 1.5 with LoRA, one PNG and one manifest row an image.
+
+    python generate.py                                    # from the newest run of train_lora.py
+    python generate.py --base SD15 --lora runs/malignant-phase2/lora.safetensors --prompts-from data/isic2024 --count 314 --out samples/malignant
+
+Image i is drawn from seed SEED + i alone: the same picture at any batch size and device. An interrupted call goes on where it stopped.
+Many GPUs: torchrun --nproc-per-node N generate.py ...
+"""
+import json
+from pathlib import Path
+
+from lesion import cli, files, runs
+
+GIF_TILES, GIF_FRAMES = 4, 25
+
+
+def weighted_file(text: str) -> tuple[Path, float]:
+    """FILE or FILE:WEIGHT."""
+    path, _, weight = text.rpartition(":")
+    try:
+        return (Path(path), float(weight)) if path else (Path(text), 1.0)
+    except ValueError:
+        return Path(text), 1.0
+
+
+def parse(argv=None):
+    parser = cli.Parser(prog="generate.py", description=__doc__.splitlines()[0])
+    group = parser.add_argument_group("model")
+    group.add_argument("--base", help="folder, .safetensors file or hub id; default: what the LoRA was trained on")
+    group.add_argument("--tokenizer", type=Path, help="folder with vocab.json and merges.txt, for a single-file base")
+    group.add_argument("--lora", type=weighted_file, nargs="+", metavar="FILE[:WEIGHT]", help="LoRA files; default: the newest run's, if no --base is given")
+    group = parser.add_argument_group("what to draw")
+    what = group.add_mutually_exclusive_group()
+    what.add_argument("--prompt", help="one prompt for all")
+    what.add_argument("--prompts-from", type=Path, metavar="DATA", help="draw prompts from this data set's training tiles of --label")
+    group.add_argument("--draw", choices=("texts", "attributes", "balanced"), default="texts",
+                       help="with --prompts-from: whole texts, attribute combinations, or those with every skin tone equally often")
+    group.add_argument("--label", help="class written to the manifest; default: the LoRA's, else malignant")
+    group.add_argument("--negative-prompt", default="", help="what guidance leads away from")
+    group.add_argument("--count", type=cli.number(int, low=1), default=16, help="images in all")
+    group.add_argument("--out", type=Path, help="folder; default: samples/<name of the LoRA's run>")
+    group = parser.add_argument_group("how")
+    group.add_argument("--sampler", choices=("ddim", "ddpm", "dpmpp"), default="ddim", help="dpmpp is good at 20 steps")
+    group.add_argument("--steps", type=cli.number(int, low=1, high=1000), default=50, help="sampling steps")
+    group.add_argument("--guidance-scale", type=cli.number(float, low=0), default=7.5, help="1: no guidance")
+    group.add_argument("--eta", type=cli.number(float, low=0, high=1), default=0.0, help="DDIM's share of fresh noise")
+    group.add_argument("--seed", type=cli.number(int, low=0), default=0, help="of the first image; image i has SEED + i")
+    group.add_argument("--batch-size", type=cli.number(int, low=1), default=8, help="images at a time")
+    group.add_argument("--resolution", type=cli.resolution, help="side in pixels; default: the LoRA's, else 128")
+    group.add_argument("--precision", choices=("fp16", "bf16", "fp32"), help="default: fp16 on CUDA, fp32 on the CPU")
+    group.add_argument("--gif", action="store_true", help=f"also DIR/denoising.gif, the first {GIF_TILES} images step by step")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    args = parser.parse_args(argv)
+    if args.draw != "texts" and not args.prompts_from:
+        parser.error(f"--draw {args.draw} needs --prompts-from DATA")
+    return args
+
+
+def main(argv=None) -> None:
+    args = parse(argv)
+    fill_from_newest_run(args)
+
+    import torch
+
+    from lesion import pictures, runtime, training
+    from lesion.lora import files as lora_files
+    from lesion.lora import layers
+    from lesion.sd import checkpoint, pipeline
+    from lesion.sd.vae import to_images_u8
+    rank, world, device = training.process(args.device)
+    args.precision = args.precision or ("fp16" if device.type == "cuda" else "fp32")
+
+    # --- base and LoRA: read, checked, summed, merged ---
+    sd = checkpoint.load(args.base, device, runtime.DTYPES[args.precision], args.tokenizer)
+    networks = {"unet": sd.unet, "text_encoder": sd.text_encoder}
+    loras = [(lora_files.find(path), weight, *lora_files.read(path, networks)) for path, weight in args.lora]
+    combined = layers.combine([(factors, weight) for _, weight, factors, _ in loras])
+    for name, network in networks.items():
+        layers.set_factors(network, training.of_network(combined, name))
+        layers.merge(network)
+    base_sha256 = runtime.files_sha256(sd.files)
+    trained = [metadata for *_, metadata in loras if "lesion_resolution" in metadata]
+    args.resolution = args.resolution or (int(trained[-1]["lesion_resolution"]) if trained else 128)
+    args.label = args.label or (trained[-1]["lesion_label"] if trained else "malignant")
+    for metadata in trained if rank == 0 else []:
+        if int(metadata["lesion_resolution"]) != args.resolution:
+            print(f"warning: the LoRA was trained at {metadata['lesion_resolution']} px, drawing at {args.resolution} px: "
+                  "expect several lesions a picture when larger")
+        if metadata["lesion_base_sha256"] != base_sha256:
+            print(f"warning: the LoRA was trained on another base model (SHA-256 {metadata['lesion_base_sha256'][:12]}, this one {base_sha256[:12]})")
+
+    # --- what to draw: every image's prompt and seed, before the first is drawn ---
+    prompts = choose_prompts(args)
+    _, cut = sd.tokenizer(sorted(set(prompts)))
+    for end in [end for end in cut if end][:1] if rank == 0 else []:
+        print(f"warning: a prompt is longer than 75 tokens; the model does not see its end: {end!r}")
+    settings = {"label": args.label, "negative_prompt": args.negative_prompt, "sampler": args.sampler, "steps": args.steps,
+                "guidance_scale": args.guidance_scale, "eta": args.eta, "resolution": args.resolution, "precision": args.precision,
+                "batch_size": args.batch_size, "first_seed": args.seed, "draw": args.draw,
+                "prompt": args.prompt, "prompts_sha256": files.sha256_json(sorted(set(prompts))) if args.prompt else training_texts_sha256(args)}
+    used = [{"file": str(path), "sha256": files.sha256_file(path), "weight": weight, "train_files": training.files_of_lora(path)}
+            for path, weight, *_ in loras]
+    hashes = [lora["sha256"] for lora in used]
+    rows = [{"file_name": f"{args.label}-{i:05d}.png", "text": prompt, "label": args.label, "prompt": prompt, "seed": args.seed + i,
+             **{key: settings[key] for key in ("negative_prompt", "sampler", "steps", "guidance_scale", "eta", "resolution")},
+             "base_sha256": base_sha256, "lora_sha256": hashes[0] if len(hashes) == 1 else hashes or None,
+             "attributes": attributes_of(prompt), "source": "synthetic"} for i, prompt in enumerate(prompts)]
+    if rank == 0:
+        open_folder(args.out, {"base": args.base, "base_sha256": base_sha256, "loras": used, "settings": settings})
+        print(f"{args.count} tiles of {args.resolution} px into {args.out}; base {args.base}, "
+              f"LoRA {', '.join(str(path) for path, *_ in loras) or 'none'}; {device}, {args.precision}", flush=True)
+
+    def context_of(texts: list[str]) -> torch.Tensor:
+        with torch.no_grad():
+            return pipeline.encode_prompts(sd, texts)
+
+    def draw(some: list[dict], **more) -> torch.Tensor:
+        negative = context_of([args.negative_prompt]).expand(len(some), -1, -1)
+        return pipeline.draw(sd, context_of([row["prompt"] for row in some]), negative, [row["seed"] for row in some], args.resolution,
+                             args.sampler, args.steps, args.guidance_scale, args.eta, **more)
+
+    # --- draw: batches are fixed by number, so that a resumed call computes what the first would have ---
+    batches = [rows[start:start + args.batch_size] for start in range(0, len(rows), args.batch_size)]
+    todo = [some for some in batches[rank::world] if not all((args.out / row["file_name"]).is_file() for row in some)]
+    bar = cli.progress(total=sum(map(len, todo)), desc="draw", unit="tile", disable=rank != 0)
+    for some in todo:
+        images_u8 = to_images_u8(pipeline.decode(sd, draw(some)))
+        for row, image in zip(some, images_u8):
+            pictures.save_png(args.out / row["file_name"], image, {"parameters": as_parameters(row), "lesion": json.dumps(row)})
+        if rank == 0:
+            write_rows(args.out, rows, final=False)
+        bar.update(len(some))
+    bar.close()
+    if world > 1:
+        torch.distributed.barrier()
+    if rank == 0:
+        write_rows(args.out, rows, final=True)
+        pictures.save_png(args.out / "grid.png", pictures.contact_sheet(pictures.open_images([args.out / row["file_name"] for row in rows[:64]])))
+        print(f"contact sheet: {args.out / 'grid.png'}")
+    if args.gif and rank == 0:
+        frames, every = [], max(1, args.steps // GIF_FRAMES)
+
+        def keep(i: int, timestep: int, latents: torch.Tensor, x0_pred: torch.Tensor) -> None:
+            if i % every == 0 or i + 1 == args.steps:
+                frames.append(pictures.as_array(pictures.contact_sheet(to_images_u8(pipeline.decode(sd, latents)))))
+        draw(rows[:GIF_TILES], on_step=keep)
+        pictures.save_gif(args.out / "denoising.gif", frames)
+        print(f"denoising steps: {args.out / 'denoising.gif'}")
+
+
+def fill_from_newest_run(args) -> None:
+    """Without --base and --lora: the newest run's LoRA, base, data set and class. With a LoRA of ours: its base."""
+    if args.lora is None:
+        folder = None if args.base else runs.newest("*")
+        if folder is None and not args.base:
+            raise ValueError("no finished run in runs/: run train_lora.py first, or give --base (and --lora)")
+        args.lora = [(folder / "lora.safetensors", 1.0)] if folder else []
+    beside = args.lora[0][0].parent / "args.json" if args.lora else None
+    run = json.loads(beside.read_text()) if beside and beside.is_file() else {}
+    if args.base is None and "base" not in run:
+        raise ValueError(f"which base model? {args.lora[0][0]} does not stand in a run folder: give --base")
+    args.base = args.base or run["base"]
+    args.tokenizer = args.tokenizer or (Path(run["tokenizer"]) if run.get("tokenizer") else None)
+    if not args.prompt and not args.prompts_from:
+        if "data" not in run:
+            raise ValueError("what to draw? give --prompt TEXT or --prompts-from DATA")
+        args.prompts_from = Path(run["data"])
+    args.label = args.label or run.get("label")
+    args.out = args.out or Path("samples") / (beside.parent.name if run else "base")
+
+
+def training_rows(args) -> list[dict]:
+    rows = [row for row in files.read_manifest(args.prompts_from) if row.get("label") == args.label and row.get("split", "train") == "train"]
+    if not rows:
+        raise ValueError(f"{args.prompts_from} has no training tile labelled {args.label!r} to take prompts from")
+    return rows
+
+
+def training_texts_sha256(args) -> str:
+    return files.sha256_json([row["text"] for row in training_rows(args)])
+
+
+def choose_prompts(args) -> list[str]:
+    """One prompt an image; prompt i does not depend on the count, so that a call can be extended."""
+    if args.prompt is not None:
+        return [args.prompt] * args.count
+    import numpy as np
+
+    from lesion.data import prompts
+    rows = training_rows(args)
+    if args.draw == "texts":
+        return [rows[i]["text"] for i in np.random.default_rng([args.seed, 4]).integers(len(rows), size=args.count)]
+    drawn = prompts.draw_attributes(rows, args.count, args.seed, balance="skin_tone" if args.draw == "balanced" else None)
+    return [prompts.to_sentence(args.label, attributes) for attributes in drawn]
+
+
+def attributes_of(prompt: str) -> dict:
+    """What a structured prompt asks for; nothing for a free one."""
+    from lesion.data import prompts
+    try:
+        return prompts.from_sentence(prompt)[1]
+    except ValueError:
+        return {}
+
+
+def as_parameters(row: dict) -> str:
+    """The generation parameters as the usual user interfaces write and read them."""
+    return (f"{row['prompt']}\nNegative prompt: {row['negative_prompt']}\nSteps: {row['steps']}, Sampler: {row['sampler'].upper()}, "
+            f"CFG scale: {row['guidance_scale']}, Seed: {row['seed']}, Size: {row['resolution']}x{row['resolution']}, "
+            f"Model hash: {row['base_sha256'][:10]}")
+
+
+def open_folder(out: Path, provenance: dict) -> None:
+    """Write `provenance.json`, or check that the folder's own is the same. ValueError for another call's folder."""
+    path = out / "provenance.json"
+    if path.is_file():
+        old = json.loads(path.read_text())
+        changed = [key for key in ("base_sha256", "loras", "settings") if old.get(key) != json.loads(json.dumps(provenance[key]))]
+        if changed:
+            what = [key for key in provenance["settings"] if old["settings"].get(key) != provenance["settings"][key]] if changed == ["settings"] else changed
+            raise ValueError(f"{out} holds the images of another call (other {', '.join(what)}): give another --out")
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} exists and is not a folder of generate.py: give another --out")
+    else:
+        files.write_json(path, provenance)
+
+
+def write_rows(out: Path, rows: list[dict], final: bool) -> None:
+    """Manifest rows of the images that exist: appended as they come, at last written in order (a shorter call keeps a longer one's)."""
+    path = out / files.MANIFEST
+    have = {row["file_name"]: row for row in files.read_jsonl(path)} if path.is_file() else {}
+    fresh = [row for row in rows if row["file_name"] not in have and (out / row["file_name"]).is_file()]
+    if final:
+        have |= {row["file_name"]: row for row in fresh}
+        files.write_manifest(out, [have[name] for name in sorted(have)])
+    elif fresh:
+        files.append_jsonl(path, *fresh)
+
+
+if __name__ == "__main__":
+    cli.run(main, "generate.py")
