@@ -88,7 +88,7 @@ class Journal:
 def read_journal(path: Path, check: Callable[[dict], None] | None = None) -> tuple[list[dict], list[tuple[int, str]]]:
     """The good rows in order, and (line number, reason) of every other line; both empty without a file.
 
-    A good row is a JSON object that `check`, where given, does not raise ValueError for (a hand edit that makes no sense).
+    A good row is a JSON object for which `check`, where given, raises no ValueError (as on a senseless hand edit).
     """
     path = Path(path)
     rows, bad = [], []

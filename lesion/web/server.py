@@ -22,6 +22,7 @@ import hashlib
 import hmac
 import ipaddress
 import json
+import logging
 import os
 import secrets
 import signal
@@ -207,6 +208,7 @@ def serve(app: Flask, host: str = "127.0.0.1", port: int = 0, ready: Callable[[s
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # cli.run lets SIGPIPE kill; here it is only a browser that left
     signal.signal(signal.SIGTERM, _stop)
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a queue of one is no news
     try:
         if ready:
             ready(url)
