@@ -233,7 +233,8 @@ def _row(source, isic_id: str, part: str, details: dict, sha256: str) -> dict:
     name, licence = source.origin(isic_id)
     row = {"file_name": f"images/{_name(source, isic_id)}", "isic_id": isic_id, "text": None,
            "label": source.labels[isic_id], "patient_id": source.patients.get(isic_id), "attributes": {},
-           "source": name, "license": licence, "lesion_id": source.lesions.get(isic_id), **given, "split": part, "sha256": sha256}
+           "source": name, "license": licence, "lesion_id": source.lesions.get(isic_id), **given,
+           "split": part, "sha256": sha256}
     row["license"] = details.pop("copyright_license", None) or row["license"]
     row["attribution"] = details.pop("attribution", None) or row.get("attribution")
     row["metadata"] = {k: v for k, v in details.items() if k not in OWN_PLACE} or row.get("metadata")

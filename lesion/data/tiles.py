@@ -135,7 +135,7 @@ def load_tiles(folder: Path, rows: list[dict], resolution: int, progress: Callab
 
     Cached in `folder`/.cache under the SHA-256 of what decides the pixels: file names, sizes and times, resolution,
     colour normalisation, this module's VERSION. A cache that cannot be written (read-only folder) is done without.
-    `progress` wraps the iterator of tiles, as `cli.progress` does. ValueError if `rows` is empty or no tile is readable.
+    `progress` wraps the iterator of tiles, as `cli.progress` does. ValueError if `rows` is empty or none is readable.
     """
     folder = Path(folder)
     if not rows:
