@@ -214,3 +214,135 @@ def planned_power(readers: int, count: int, margin: float = MARGIN, reader_sd: f
         pooled = pool(*jackknife(ratings, is_real)["d_prime"], is_real)
         found += tost(pooled.estimate, pooled.se, pooled.df, margin) < ALPHA
     return found / studies
+
+
+# ------------------------------------------------------------------------------------ the whole study
+
+def analyse(names: list[str], ratings: np.ndarray, is_real: np.ndarray, malignant: np.ndarray | None = None,
+            seconds: np.ndarray | None = None, margin: float = MARGIN) -> dict:
+    """Everything the report says about a study, as plain numbers for JSON, and `verdict` in words.
+
+    names [R], ratings [R, M] 0 (not answered) to 6, is_real [M]; malignant [R, M] 1, 0 or -1; seconds [R, M] or NaN.
+    A reader with fewer than MIN_TILES tiles of either class is left out and named. ValueError if none remains.
+    """
+    ratings, is_real = np.asarray(ratings), np.asarray(is_real, dtype=bool)
+    answered = np.stack([((ratings > 0) & members).sum(1) for members in (is_real, ~is_real)])
+    keep = (answered >= MIN_TILES).all(0)
+    if not keep.any():
+        raise ValueError(f"no reader has answered {MIN_TILES} real and {MIN_TILES} synthetic tiles yet: wait for more")
+    left_out = [f"{name}: {real} real and {synthetic} synthetic tiles answered"
+                for name, real, synthetic, kept in zip(names, *answered, keep, strict=True) if not kept]
+    names, ratings = [name for name, kept in zip(names, keep, strict=True) if kept], ratings[keep]
+    figures = jackknife(ratings, is_real)
+    rows = [_reader_row(name, row, is_real) for name, row in zip(names, ratings, strict=True)]
+    for row, adjusted in zip(rows, inference.holm([row["p"] for row in rows]), strict=True):
+        row["p_holm"] = adjusted
+    if seconds is not None:
+        for row, times in zip(rows, seconds[keep], strict=True):
+            row["seconds"] = float(np.nanmedian(times)) if np.isfinite(times).any() else None
+    pooled = {name: _plain(pool(*values, is_real)) for name, values in figures.items()}
+    d = pooled["d_prime"]
+    df = np.inf if d["df"] is None else d["df"]
+    results = {"readers": rows, "left_out": left_out, "pooled": pooled, "total": _total(rows),
+               "agreement": _agreement(names, ratings),
+               "equivalence": {"margin": margin, "p": tost(d["estimate"], d["se"], df, margin),
+                               "power": tost_power(d["se"], df, margin)},
+               "malignancy": None if malignant is None else _malignancy(names, malignant[keep], ratings > 0, is_real)}
+    results["verdict"] = verdict(results)
+    return results
+
+
+def _plain(pooled: Pooled) -> dict:
+    return vars(pooled) | {"df": None if np.isinf(pooled.df) else float(pooled.df)}
+
+
+def _reader_row(name: str, ratings: np.ndarray, is_real: np.ndarray) -> dict:
+    seen = ratings > 0
+    signals, noises = int((seen & is_real).sum()), int((seen & ~is_real).sum())
+    hits, false_alarms = int((seen & is_real & (ratings >= 4)).sum()), int((seen & ~is_real & (ratings >= 4)).sum())
+    d, c = sensitivity(hits, signals, false_alarms, noises)
+    half = float(stats.norm.ppf(0.975)) * sensitivity_se(hits, signals, false_alarms, noises)
+    p, chance = guessing_p(hits + noises - false_alarms, signals, noises, hits + false_alarms)
+    area, area_low, area_high = roc_area(ratings[seen], is_real[seen])
+    rates = {"real": (hits, signals), "synthetic": (noises - false_alarms, noises),
+             "correct": (hits + noises - false_alarms, signals + noises)}
+    row = {"reader": name, "hits": hits, "signals": signals, "false_alarms": false_alarms, "noises": noises}
+    for what, (count, n) in rates.items():
+        low, high = inference.clopper_pearson(count, n)
+        row |= {f"{what}_rate": count / n, f"{what}_low": low, f"{what}_high": high}
+    return row | {"chance": chance, "p": p, "d_prime": float(d), "d_prime_low": float(d) - half,
+                  "d_prime_high": float(d) + half, "criterion": float(c), "area": area, "area_low": area_low,
+                  "area_high": area_high}
+
+
+def _total(rows: list[dict]) -> dict:
+    """All answers in one heap, as published tables have them: raw d' and c, and a binomial p that takes answers for
+    independent, which those of one reader or to one tile are not."""
+    hits, signals, false_alarms, noises = (sum(row[name] for row in rows)
+                                           for name in ("hits", "signals", "false_alarms", "noises"))
+    p, chance = guessing_p(hits + noises - false_alarms, signals, noises, hits + false_alarms)
+    raw = 0 < hits < signals and 0 < false_alarms < noises
+    d, c = sensitivity(hits, signals, false_alarms, noises, "none" if raw else "loglinear")
+    return {"hits": hits, "signals": signals, "false_alarms": false_alarms, "noises": noises, "chance": chance, "p": p,
+            "accuracy": (hits + noises - false_alarms) / (signals + noises), "d_prime": float(d), "criterion": float(c)}
+
+
+def _agreement(names: list[str], ratings: np.ndarray) -> dict:
+    """Kappa of real against synthetic for every pair of readers, on the tiles both answered, and Fleiss' for all."""
+    pairs = []
+    for first in range(len(names)):
+        for second in range(first + 1, len(names)):
+            both = (ratings[first] > 0) & (ratings[second] > 0)
+            kappa = cohen_kappa(ratings[first, both] >= 4, ratings[second, both] >= 4) if both.any() else None
+            pairs.append({"first": names[first], "second": names[second], "tiles": int(both.sum()), "kappa": kappa})
+    by_all = (ratings > 0).all(0)
+    said_real = (ratings[:, by_all] >= 4).sum(0)
+    fleiss = fleiss_kappa(np.stack([said_real, len(names) - said_real], 1)) if len(names) > 2 and by_all.any() else None
+    return {"pairs": pairs, "fleiss": fleiss, "tiles_by_all": int(by_all.sum())}
+
+
+def _malignancy(names: list[str], malignant: np.ndarray, seen: np.ndarray, is_real: np.ndarray) -> dict:
+    """How often real and synthetic tiles were called malignant, a reader and on average, with the paired difference."""
+    called, seen = malignant == 1, seen & (malignant >= 0)
+    shares = []
+    for members in (is_real, ~is_real):
+        n = (seen & members).sum(1)
+        hit = (called & seen & members).sum(1)
+        shares.append((hit / n, (hit[:, None] - (called & seen & members)) / (n[:, None] - (seen & members))))
+    (real, real_without), (synthetic, synthetic_without) = shares
+    return {"readers": [{"reader": name, "real": float(r), "synthetic": float(s)}
+                        for name, r, s in zip(names, real, synthetic, strict=True)],
+            "real": _plain(pool(real, real_without, is_real)),
+            "synthetic": _plain(pool(synthetic, synthetic_without, is_real)),
+            "difference": _plain(pool(real - synthetic, real_without - synthetic_without, is_real))}
+
+
+def verdict(results: dict) -> str:
+    """What the figures support, in plain words; finding nothing is called "could not tell" by the equivalence test only."""
+    d, correct, same = results["pooled"]["d_prime"], results["pooled"]["correct"], results["equivalence"]
+    one = len(results["readers"]) == 1
+    who = "The reader" if one else f"The {len(results['readers'])} readers"
+    figures = (f"(pooled d' {d['estimate']:.2f}, 95 % interval {d['low']:.2f} to {d['high']:.2f}; "
+               f"{correct['estimate']:.0%} right, guessing gives 50 %)")
+    most = stats.norm.cdf(same["margin"] / 2)
+    margin = f"d' within {same['margin']:g} of zero; an unbiased reader right on at most {most:.0%}"
+    if d["low"] > 0:
+        text = f"{who} told real from synthetic tiles better than by guessing {figures}."
+        if same["p"] < ALPHA:
+            text += f" The difference is small: by the equivalence test it is less than the margin ({margin})."
+    elif d["high"] < 0:
+        text = f"{who} told the tiles apart but the wrong way round, taking synthetic ones for real {figures}."
+    elif same["p"] < ALPHA:
+        text = f"{who} could not tell real from synthetic tiles {figures}: equivalent to guessing ({margin}; " \
+               f"TOST p = {same['p']:.3f})."
+    else:
+        text = (f"Undecided {figures}: this shows neither that readers can tell nor that they cannot. Were they unable "
+                f"to, a study like this had a {same['power']:.0%} chance of showing it ({margin}).")
+    able = sum(row["p_holm"] < ALPHA and row["correct_rate"] > row["chance"] for row in results["readers"])
+    if not one:
+        text += f" On their own, {able} of {len(results['readers'])} are right more often than by guessing (Holm)."
+    criterion = results["pooled"]["criterion"]
+    if criterion["low"] > 0 or criterion["high"] < 0:
+        habit = "synthetic" if criterion["low"] > 0 else "real"
+        text += f" The habit was to say {habit} (c = {criterion['estimate']:.2f})."
+    return text + (" This holds for this reader on other tiles, not for other readers." if one else "")
