@@ -318,7 +318,7 @@ def _malignancy(names: list[str], malignant: np.ndarray, seen: np.ndarray, is_re
 
 
 def verdict(results: dict) -> str:
-    """What the figures support, in plain words; finding nothing is called "could not tell" by the equivalence test only."""
+    """What the figures support, in plain words; only the equivalence test makes it say "could not tell"."""
     d, correct, same = results["pooled"]["d_prime"], results["pooled"]["correct"], results["equivalence"]
     one = len(results["readers"]) == 1
     who = "The reader" if one else f"The {len(results['readers'])} readers"
