@@ -66,7 +66,8 @@ def write_json(path: Path, value: object) -> None:
 
 
 def append_jsonl(path: Path, *rows: dict) -> None:
-    """Append rows to a JSON-lines file and fsync; a torn last line left by a crash is cut off first."""
+    """Append rows to a JSON-lines file and fsync. A torn last line left by a crash is cut off first; a whole one that
+    only lacks its newline (an editor's work) gets it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
@@ -76,28 +77,31 @@ def append_jsonl(path: Path, *rows: dict) -> None:
             file.seek(end - 1)
             if file.read(1) != b"\n":
                 file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
+                whole = file.read()
+                start = whole.rfind(b"\n") + 1
+                try:
+                    json.loads(whole[start:])
+                    data = b"\n" + data
+                except ValueError:
+                    file.truncate(start)
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """Rows of a JSON-lines file. A torn last line (no newline: a crash in mid-write) is dropped;
-    any other bad line raises ValueError with its number."""
+    """Rows of a JSON-lines file. A torn last line (a crash in mid-write) is dropped; any other bad line raises ValueError
+    with its number."""
     rows = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(keepends=True), 1):
-        if not line.endswith(b"\n"):
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
-            continue
+    lines = Path(path).read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except ValueError as error:
+            if number == len(lines):
+                break
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
