@@ -18,7 +18,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**settings)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)\n")
 
 
 def run(main: Callable[[], None], prog: str) -> None:
@@ -39,17 +39,17 @@ def run(main: Callable[[], None], prog: str) -> None:
 
 
 def number(kind: type, low: float | None = None, high: float | None = None, above: float | None = None) -> Callable:
-    """An argparse type: an int or float in [low, high], or greater than `above`."""
+    """An argparse type: a finite int or float in [low, high], or greater than `above`."""
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
-        if value != value or (low is not None and value < low) or (high is not None and value > high) \
-                or (above is not None and value <= above):
+        if value != value or abs(value) == float("inf") or (low is not None and value < low) \
+                or (high is not None and value > high) or (above is not None and value <= above):
             allowed = f"greater than {above}" if above is not None and high is None else \
                 f"greater than {above} and at most {high}" if above is not None else \
-                f"at least {low}" if high is None else f"from {low} to {high}"
+                f"from {low} to {high}" if high is not None else f"at least {low}" if low is not None else "a finite number"
             raise argparse.ArgumentTypeError(f"{text} is out of range: allowed is {allowed}")
         return value
     return parse

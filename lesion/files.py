@@ -3,7 +3,8 @@
 Standard library only, so that every command can import it before it has parsed its flags.
 A manifest is `metadata.jsonl` in a folder (the Hugging Face imagefolder convention), one JSON object a tile:
 `file_name` (relative to the folder) and, where known, `text`, `label`, `split`, `patient_id`, `attributes`,
-`source`, `license`; synthetic tiles add `prompt`, `seed`, `sampler`, `steps`, `guidance_scale`, `base_sha256`, `lora_sha256`.
+`source`, `license`; synthetic tiles add `prompt`, `seed`, `sampler`, `steps`, `guidance_scale`, `base_sha256`,
+`lora_sha256`.
 Proven by tests/test_files.py.
 """
 import contextlib
@@ -90,8 +91,8 @@ def append_jsonl(path: Path, *rows: dict) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """Rows of a JSON-lines file. A torn last line (a crash in mid-write) is dropped; any other bad line raises ValueError
-    with its number."""
+    """Rows of a JSON-lines file. A torn last line (a crash in mid-write) is dropped; any other bad line raises
+    ValueError with its number."""
     rows = []
     lines = Path(path).read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):

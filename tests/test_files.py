@@ -1,9 +1,11 @@
 """Files survive failures and kills in the middle of a write; journals and manifests name what is wrong with them."""
+
 import json
 import os
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -16,14 +18,22 @@ def names(folder):
 
 # --- atomic writes ---------------------------------------------------------------------------------------------------
 
+
 def test_a_failure_in_the_middle_leaves_the_old_file(tmp_path):
     """An exception while writing leaves the old bytes and no temporary file beside them."""
     path = tmp_path / "value.json"
     files.write_json(path, {"old": 1})
-    with pytest.raises(RuntimeError), files.atomic_path(path) as temporary:
-        temporary.write_bytes(b"half of the new")
-        assert temporary.parent == path.parent  # rename is atomic only within a file system
-        raise RuntimeError("no more paper")
+    temporaries = []
+
+    def fail():
+        with files.atomic_path(path) as temporary:
+            temporary.write_bytes(b"half of the new")
+            temporaries.append(temporary)
+            raise RuntimeError("no more paper")
+
+    with pytest.raises(RuntimeError, match="paper"):
+        fail()
+    assert temporaries[0].parent == path.parent  # rename is atomic only within a file system
     assert names(tmp_path) == ["value.json"]
     assert json.loads(path.read_text()) == {"old": 1}
 
@@ -48,13 +58,14 @@ with files.atomic_path(sys.argv[1]) as temporary:
         file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
 """
+ENV = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[1])}
 
 
 def test_kill_in_mid_write_leaves_the_old_file(tmp_path):
-    """kill -9 after half of the bytes: the old file is whole, and the next write succeeds beside the orphaned temporary."""
+    """kill -9 after half of the bytes: the old file is whole, and the next write succeeds beside the orphan."""
     path = tmp_path / "weights.bin"
     files.write_bytes(path, b"old")
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(path)], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(path)], env=ENV)
     assert killed.returncode == -9
     assert path.read_bytes() == b"old"
     files.write_bytes(path, b"new")
@@ -75,6 +86,7 @@ def test_mode_follows_the_umask(tmp_path):
 
 # --- JSON lines ------------------------------------------------------------------------------------------------------
 
+
 def test_append_after_a_torn_line(tmp_path):
     """A crash in mid-append costs the torn row only: reading drops it, appending replaces it, wherever it was torn."""
     path = tmp_path / "log.jsonl"
@@ -85,7 +97,7 @@ def test_append_after_a_torn_line(tmp_path):
         read = files.read_jsonl(path)
         files.append_jsonl(path, {"step": 9})
         assert files.read_jsonl(path) == [*read, {"step": 9}]
-        assert read == [{"step": 1}, {"step": 2, "text": "naevus \u00e9\u2028 \n"}][:len(read)]
+        assert read == [{"step": 1}, {"step": 2, "text": "naevus \u00e9\u2028 \n"}][: len(read)]
         assert len(read) >= whole[:length].count(b"\n")
 
 
@@ -97,10 +109,17 @@ def test_a_last_line_without_newline_is_kept(tmp_path):
     assert files.read_jsonl(path) == [{"a": 1}, {"a": 2}, {"a": 3}]
 
 
-@pytest.mark.parametrize(("text", "line"), [('{"a": 1}\n{"a": \n{"a": 3}\n', "line 2"), ('{"a": 1}\n\n[1, 2]\n', "line 3: expected a JSON object, got list"),
-                                            ('{"a": 1}\rnonsense\n{"a": 2}\n', "line 1"), ('{"a": 1}\nnonsense\n', "line 2")])
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('{"a": 1}\n{"a": \n{"a": 3}\n', "line 2"),
+        ('{"a": 1}\n\n[1, 2]\n', "line 3: expected a JSON object, got list"),
+        ('{"a": 1}\rnonsense\n{"a": 2}\n', "line 1"),
+        ('{"a": 1}\nnonsense\n', "line 2"),
+    ],
+)
 def test_a_bad_line_is_named(tmp_path, text, line):
-    """A bad line that no crash explains is an error with file and line number: it is never skipped, nor what follows it."""
+    """A bad line that no crash explains is an error with file and line number, never skipped, nor what follows it."""
     path = tmp_path / "log.jsonl"
     path.write_bytes(text.encode())
     with pytest.raises(ValueError, match=line) as error:
@@ -120,19 +139,36 @@ def test_line_endings_and_bytes(tmp_path):
 
 # --- manifest --------------------------------------------------------------------------------------------------------
 
+
 def test_manifest_round_trip(tmp_path):
     """Rows come back as written, unknown keys and non-ASCII text included."""
-    rows = [{"file_name": "images/ISIC_1.jpg", "text": "naïve \U0001f642", "attributes": {"size": "small"}, "extra": [1, None]},
-            {"file_name": "..hidden/a..b.png"}]
+    rows = [
+        {
+            "file_name": "images/ISIC_1.jpg",
+            "text": "naïve \U0001f642",
+            "attributes": {"size": "small"},
+            "extra": [1, None],
+        },
+        {"file_name": "..hidden/a..b.png"},
+    ]
     files.write_manifest(tmp_path, rows)
     assert files.read_manifest(tmp_path) == rows
 
 
-@pytest.mark.parametrize(("rows", "problem"), [
-    ([], "is empty"), ([{"text": "x"}], "row 1: no `file_name`"), ([{"file_name": "a"}, {"file_name": 3}], "row 2: no `file_name`"),
-    ([{"file_name": ""}], "no `file_name`"), ([{"file_name": "a"}, {"file_name": "a"}], "row 2: 'a' is listed twice"),
-    ([{"file_name": "../a.png"}], "leads out"), ([{"file_name": "b/../../a.png"}], "leads out"), ([{"file_name": "/etc/passwd"}], "leads out"),
-    ([{"file_name": "\\server\\a.png"}], "leads out")])
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        ([], "is empty"),
+        ([{"text": "x"}], "row 1: no `file_name`"),
+        ([{"file_name": "a"}, {"file_name": 3}], "row 2: no `file_name`"),
+        ([{"file_name": ""}], "no `file_name`"),
+        ([{"file_name": "a"}, {"file_name": "a"}], "row 2: 'a' is listed twice"),
+        ([{"file_name": "../a.png"}], "leads out"),
+        ([{"file_name": "b/../../a.png"}], "leads out"),
+        ([{"file_name": "/etc/passwd"}], "leads out"),
+        ([{"file_name": "\\server\\a.png"}], "leads out"),
+    ],
+)
 def test_manifest_rules(tmp_path, rows, problem):
     """Each rule of the manifest is refused by file and row."""
     files.write_manifest(tmp_path, rows)
@@ -148,6 +184,7 @@ def test_folder_without_manifest(tmp_path):
 
 
 # --- hashes ----------------------------------------------------------------------------------------------------------
+
 
 def test_hashes(tmp_path):
     """Published SHA-256 values; JSON hashes see values and types, not the order of keys."""
