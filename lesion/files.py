@@ -66,6 +66,17 @@ def write_json(path: Path, value: object) -> None:
     write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
+def read_json(path: Path) -> dict:
+    """The JSON object in a file; ValueError, naming the file, if it holds anything else."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
 def append_jsonl(path: Path, *rows: dict) -> None:
     """Append rows to a JSON-lines file and fsync. A torn last line left by a crash is cut off first; a whole one that
     only lacks its newline (an editor's work) gets it."""

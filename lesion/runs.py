@@ -56,13 +56,13 @@ def open_run(folder: Path, recipe: dict, resume: bool, free: tuple[str, ...] = (
     """
     path = Path(folder) / "args.json"
     if not path.is_file():
-        if Path(folder).exists() and any(Path(folder).iterdir()):
+        if Path(folder).exists() and any(entry.name[0] != "." for entry in Path(folder).iterdir()):
             raise ValueError(f"{folder} exists and is not a run folder: give another --out")
         files.write_json(path, recipe)
         return False
     if not resume:
         raise ValueError(f"{folder} holds a run already: give --resume to go on with it, or another --out")
-    old = json.loads(path.read_text())
+    old = files.read_json(path)
     ignored = {*free, "provenance"}
     changed = [key for key in recipe if key not in ignored and old.get(key) != json.loads(json.dumps(recipe[key]))]
     if changed:

@@ -37,7 +37,10 @@ def autocast(where: torch.device, precision: str) -> contextlib.AbstractContextM
 
 
 def generator(*key: int) -> torch.Generator:
-    """A CPU generator seeded by the whole key, e.g. (seed, step): the same numbers on any device, batch size or resumption."""
+    """A CPU generator seeded by the whole key, e.g. (seed, step): the same numbers on any device, batch size or resumption.
+
+    Trailing zeros do not count, (seed,) = (seed, 0) = (seed, 0, 0): longer keys beside (seed, step) must end in 1 or more.
+    """
     state = int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0])
     return torch.Generator().manual_seed(state & (2**63 - 1))
 

@@ -84,6 +84,17 @@ def test_mode_follows_the_umask(tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
+def test_read_json(tmp_path):
+    """A JSON object comes back; anything else is refused by the file's name."""
+    path = tmp_path / "value.json"
+    files.write_json(path, {"tone": "h\u00e9l\u00e4"})
+    assert files.read_json(path) == {"tone": "h\u00e9l\u00e4"}
+    for data in (b"", b'{"a": ', b"[1]", b'"\xff"'):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="value.json"):
+            files.read_json(path)
+
+
 # --- JSON lines ------------------------------------------------------------------------------------------------------
 
 
