@@ -73,8 +73,10 @@ class Journal:
                 self._file = -1
 
     def _close_last_line(self) -> None:
-        size = os.fstat(self._file).st_size
-        if size and os.pread(self._file, 1, size - 1) != b"\n":
+        if not os.fstat(self._file).st_size:
+            return
+        os.lseek(self._file, -1, os.SEEK_END)
+        if os.read(self._file, 1) != b"\n":
             _write_all(self._file, b"\n")
             os.fsync(self._file)
 
