@@ -85,7 +85,7 @@ def train(args) -> None:
     from lesion.data import cache
     from lesion.sd import checkpoint, schedule
 
-    # --- set-up: process, data, base, run folder ---
+    # --- set-up: process, data, base ---
     rank, world, device = training.process(args.device)
     first_rank = rank == 0
     say = partial(print, flush=True) if first_rank else None
@@ -96,16 +96,15 @@ def train(args) -> None:
     sd = checkpoint.load(args.base, device, runtime.DTYPES[args.precision], args.tokenizer)
     seen = training.train_files(args.data, tiles.rows)
     recipe = training.recipe(args, sd, seen)
-    if first_rank:
-        runs.open_run(args.out, recipe, args.resume, FREE)
-        seen = training.files_seen(seen, recipe["init_lora"])
-        seen and files.write_json(args.out / "train_files.json", seen)
 
-    # --- LoRA: float32 factors beside frozen weights ---
+    # --- LoRA: float32 factors beside frozen weights; the run folder, once nothing is left to refuse ---
     networks = training.add_lora(args, sd, recipe["init_lora"])
     groups = training.parameter_groups(args, networks)
     parameters = [p for group in groups for p in group["params"]]
     if first_rank:
+        runs.open_run(args.out, recipe, args.resume, FREE)
+        seen = training.files_seen(seen, recipe["init_lora"])
+        seen and files.write_json(args.out / "train_files.json", seen)
         say(f"{len(tiles.rows)} tiles, {len(held_out.rows)} held out; LoRA of rank {args.rank} on {' and '.join(networks)}"
             f"{', from ' + recipe['init_lora'] if recipe['init_lora'] else ''}: {sum(p.numel() for p in parameters):,} parameters; "
             f"{device}, {args.precision}; run folder {args.out}")
@@ -190,7 +189,7 @@ def train(args) -> None:
         if first_rank:
             bar.update()
             if last or done % LOG_EVERY == 0 or done % args.checkpoint_every == 0 or done % args.val_every == 0:
-                bar.set_postfix_str(log.flush())
+                bar.set_postfix_str(log.flush(), refresh=False)
             if validate and (done == args.steps or done % args.val_every == 0):
                 log.validation(done, validate())
             if done == args.steps or done % args.sample_every == 0:

@@ -119,13 +119,13 @@ def recipe(args, sd: StableDiffusion, seen: list[dict]) -> dict:
 def _starting_lora(args, known: dict) -> Path | None:
     """--init-lora; for phase 2 without it the newest phase 1 run on the same base, class and colour normalisation."""
     if args.resume and args.out and (args.out / "args.json").is_file():
-        start = json.loads((args.out / "args.json").read_text())["init_lora"]
+        start = files.read_json(args.out / "args.json").get("init_lora")
         return Path(start) if start else None
     if args.init_lora or args.phase == 1:
         return None if args.init_lora in (None, "none") else Path(args.init_lora)
     same = ("base_sha256", "data_sha256", "color_norm", "rank", "lora_targets")
     for folder in runs.finished(f"{args.label}-phase1*"):
-        old = json.loads((folder / "args.json").read_text())
+        old = files.read_json(folder / "args.json")
         if all(old.get(key) == known[key] for key in same):
             return folder / "lora.safetensors"
     return None
@@ -158,7 +158,9 @@ def add_lora(args, sd: StableDiffusion, start: str | None) -> dict[str, nn.Modul
         layers.inject(network, layers.target_paths(network, args.lora_targets), args.rank, args.alpha, runtime.generator(args.seed, 0, number))
     if start:
         factors, _ = lora_files.read(Path(start), {"unet": sd.unet, "text_encoder": sd.text_encoder})
-        for name, network in {"unet": sd.unet, "text_encoder": sd.text_encoder}.items():
+        if args.phase == 1 and of_network(factors, "text_encoder"):
+            raise ValueError(f"{start} holds a text-encoder LoRA, which phase 1 would neither train nor save: use --phase 2")
+        for name, network in networks.items():
             layers.set_factors(network, of_network(factors, name))
     return networks
 
@@ -324,9 +326,9 @@ class Log:
         self.seen = [done, time.perf_counter()]
 
     def open(self, done: int) -> None:
-        """Drop what a stopped run logged after its last checkpoint."""
-        runs.cut_metrics(self.args.out / "metrics.jsonl", done)
-        runs.cut_metrics(self.args.out / "timing.jsonl", done)
+        """Drop what a stopped run logged after its last checkpoint; without one, its validation of step 0 too."""
+        for name in ("metrics.jsonl", "timing.jsonl"):
+            runs.cut_metrics(self.args.out / name, done or -1)
 
     def step(self, done: int, error: Tensor, timesteps: Tensor, tile: np.ndarray, grad_norm: Tensor, lr: float, skipped: int) -> None:
         self.waiting.append((done, error, timesteps, tile, grad_norm, lr, skipped))
@@ -342,7 +344,8 @@ class Log:
                                  f"{[self.rows[tile[i]]['file_name'] for i in bad]}; nothing was saved over the last checkpoint; "
                                  "lower --lr or use --precision fp32")
             parts = {f"loss_q{q}": value for q, value in quartiles(error, timesteps).items()}
-            rows.append({"step": done, "loss": error.mean().item(), **parts, "grad_norm": float(grad_norm), "lr": lr, "skipped_steps": skipped})
+            norm = float(grad_norm) if math.isfinite(grad_norm) else None  # a skipped step's: JSON has no infinity
+            rows.append({"step": done, "loss": error.mean().item(), **parts, "grad_norm": norm, "lr": lr, "skipped_steps": skipped})
         if not rows:
             return ""
         runtime.synchronize(self.device)

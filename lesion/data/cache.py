@@ -63,8 +63,8 @@ def encode(vae: VAE, images_u8: np.ndarray, pairs: np.ndarray, folder: Path, dev
             pixels = torch.cat([dihedral(to_pixels(images_u8[i:i + 1]), v) for i, v in some]).to(device)
             for (i, v), m, s in zip(some, *vae.encode(pixels)):
                 mean[i, v], logvar[i, v] = m, s
-            if not mean[some[-1]].isfinite().all():
-                raise ValueError(f"the VAE gives NaN or infinity for tile number {some[-1][0]}: is the checkpoint damaged?")
+                if not (m.isfinite().all() and s.isfinite().all()):
+                    raise ValueError(f"the VAE gives NaN or infinity for tile number {i}: is the checkpoint damaged?")
             if count % 500 == 0:
                 _keep(path, mean, logvar)
     if todo:

@@ -39,7 +39,7 @@ def draw(sd: StableDiffusion, context: Tensor, negative_context: Tensor, seeds: 
     """Sample one image a seed: context, negative_context [B,77,C] -> latents [B,4,resolution/8,resolution/8], scaled.
 
     `latents`, if given, replaces the initial noise. eta is DDIM's only. Networks run in the caller's autocast; the sampler's
-    arithmetic is float32. Raises ValueError for an unknown sampler.
+    arithmetic is float32. Raises ValueError for an unknown sampler, and where an image ends in NaN or infinity.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"no sampler {sampler!r}: allowed are {', '.join(SAMPLERS)}")
@@ -53,7 +53,11 @@ def draw(sd: StableDiffusion, context: Tensor, negative_context: Tensor, seeds: 
     noise_fn = samplers.guided(network, context.to(dtype), negative_context.to(dtype), guidance_scale)
     run: Callable = {"ddim": partial(samplers.ddim, eta=eta, draw=fresh), "ddpm": partial(samplers.ddpm, draw=fresh),
                      "dpmpp": samplers.dpmpp}[sampler]
-    return run(noise_fn, first if latents is None else latents, steps, on_step=on_step)
+    drawn = run(noise_fn, first if latents is None else latents, steps, on_step=on_step)
+    bad = [seed for seed, image in zip(seeds, drawn) if not image.isfinite().all()]
+    if bad:
+        raise ValueError(f"the images of seeds {bad} end in NaN or infinity: is the checkpoint or LoRA damaged? In fp16, try bf16 or fp32")
+    return drawn
 
 
 @torch.no_grad()
