@@ -54,7 +54,7 @@ def _folds(kind, ids, labels, groups, seed):
                              f"{(~y[rest]).sum()} benign left for {name}, at least {folds} of each are needed; give "
                              "the split with --split-file CSV")
         splitter = kind(n_splits=folds, shuffle=True, random_state=seed)
-        _, held_out = next(splitter.split(rest, y[rest], owner[rest]))
+        _, held_out = next(splitter.split(rest, y[rest], owner[rest] if groups else None))
         part[rest[held_out]] = name
     return dict(zip(ids.tolist(), part.tolist()))
 
