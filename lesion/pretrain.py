@@ -29,11 +29,13 @@ def parse(argv: list[str]):
     group.add_argument("--ema", type=cli.number(float, low=0, high=0.99999), default=0.999, help="decay of the weights' moving average")
     group.add_argument("--crop", type=int, choices=(64, 128), default=64, help="vae: side of the random crops in pixels")
     group.add_argument("--kl-weight", type=cli.number(float, low=0), default=5e-4, help="vae: weight of the KL term per latent value")
+    group.add_argument("--chroma-weight", type=cli.number(float, low=0), default=3.0, help="vae: of colour errors over brightness errors")
     group.add_argument("--texture-weight", type=cli.number(float, low=0), default=0.5, help="vae: weight of the texture-energy term")
     group.add_argument("--caption-dropout", type=cli.number(float, low=0, high=1), default=0.1, help="unet: share of empty captions")
     group.add_argument("--seed", type=cli.number(int, low=0), default=0, help="of everything random")
     group = parser.add_argument_group("while it runs")
     group.add_argument("--checkpoint-every", type=cli.number(int, low=1), default=500, help="steps between checkpoints and checks")
+    group.add_argument("--stop-at", type=cli.number(int, low=1), default=None, help="checkpoint and stop after this step, to change a flag")
     group.add_argument("--stop-after-minutes", type=cli.number(float, above=0), default=None, help="checkpoint and stop after so long")
     return parser.parse_args(argv)
 
@@ -98,14 +100,19 @@ def augmented_crops(images_u8, args, step: int):
 
 
 def vae_loss(decoded, pixels, mean, logvar, args):
-    """L1 + L1 at 1/4 size (exact colour) + L1 of gradients (edges) + texture energy + KL to N(0, I) per latent value.
+    """L1 + L1 at 1/4 size in Y, Cb, Cr (exact colour) + L1 of gradients (edges) + texture energy + KL to N(0, I) per latent value.
 
+    Skin varies far more in brightness than in hue, and an autoencoder left alone spends its four channels on brightness: tones
+    come out right and colours do not. So errors of Cb and Cr (ITU-R BT.601) count `chroma_weight` times.
     Texture energy compares the local root mean square of the high-pass image (pixels minus 3x3 mean) in 8x8 windows: how much
     fine texture there is, not where each grain lies, which eight-fold compression cannot keep.
     """
+    import torch
     import torch.nn.functional as F
     error = decoded - pixels
-    color = F.avg_pool2d(error, 4).abs().mean()
+    weights = error.new_tensor([[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]])
+    weights = weights * error.new_tensor([[1.0], [args.chroma_weight], [args.chroma_weight]])
+    color = torch.einsum("oc,bchw->bohw", weights, F.avg_pool2d(error, 4)).abs().sum(1).mean() / 2
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
 
     def energy(x):
@@ -149,7 +156,7 @@ def train_vae(args) -> None:
         ema_update(ema, vae, args.ema, step)
         if step % 50 == 0:
             bar.set_postfix_str(f"loss {loss.item():.4f}")
-        stop = args.stop_after_minutes and (time.monotonic() - began) / 60 > args.stop_after_minutes
+        stop = step + 1 == args.stop_at or (args.stop_after_minutes and (time.monotonic() - began) / 60 > args.stop_after_minutes)
         if (step + 1) % args.checkpoint_every == 0 or step + 1 == args.steps or stop:
             last = step + 1
             quality = check_vae(vae, ema, images_u8[-CHECK_TILES:], args.out / "samples" / f"vae-{last:06d}.png")
