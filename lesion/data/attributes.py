@@ -61,7 +61,7 @@ def measure(image_u8: np.ndarray) -> dict:
     y, x = np.nonzero(part.mask)
     out |= outline_of(contour) | {"mask_fraction": float(part.mask.mean()), "area_mm2": float(part.mask.sum() * MM ** 2)}
     out["offset_mm"] = float(np.hypot(x.mean() - (SIDE - 1) / 2, y.mean() - (SIDE - 1) / 2) * MM)
-    out["asymmetry"] = _asymmetry(part)
+    out["asymmetry"] = asymmetry_of(part.delta, part.mask)
     out["edge_width_mm"] = _edge_width(part, contour)
     out["colors"], out["lesion_lab"] = _colors(part, tone[0])
     cut = float((part.mask[[0, -1]].sum() + part.mask[:, [0, -1]].sum()) / max(1, len(contour)))
@@ -87,9 +87,7 @@ def _contour(part: Segment) -> np.ndarray | None:
     """Border of the mask at sub-pixel precision: [n, 2] (y, x) in mm, or None where there is no lesion."""
     if part.mask.sum() < 30:
         return None
-    near = ndimage.binary_dilation(part.mask)
-    hole = part.mask & ~ndimage.binary_dilation(~part.mask)
-    field = np.where(near, np.where(hole, 1, part.field), np.minimum(part.field, 0.45))
+    field = np.where(part.mask, np.clip(part.field, 0.55, 1), np.minimum(part.field, 0.45))
     contours = find_contours(np.pad(field, 1), 0.5)
     return (max(contours, key=len) - 1) * MM if contours else None
 
@@ -109,15 +107,14 @@ def outline_of(contour: np.ndarray) -> dict:
             "irregularity": float(np.sqrt(np.average((radius - 1) ** 2, weights=step)))}
 
 
-def _asymmetry(part: Segment) -> float:
-    difference = np.linalg.norm(ndimage.gaussian_filter(part.delta, (1.5, 1.5, 0)), axis=-1)
-    return asymmetry_of(np.where(part.mask, difference / np.median(difference[part.mask]), 0))
+def asymmetry_of(delta: np.ndarray, mask: np.ndarray) -> float:
+    """Fold the lesion's visibility p on an axis through the mask's centroid: sum |p - mirrored p| / (2 sum p), mean over two
+    axes at right angles, at the best of six turns of that cross: 0 = mirror symmetric, 1 = nothing matches.
 
-
-def asymmetry_of(pigment: np.ndarray) -> float:
-    """Fold a lesion's pigment [H,W] (0 outside) on an axis through the outline's centroid: sum |p - mirrored p| / (2 sum p),
-    mean over two axes at right angles, at the best of six turns of that cross: 0 = mirror symmetric, 1 = nothing matches."""
-    y, x = np.nonzero(pigment > 0)
+    p = |CIELAB difference to the skin| `delta` [H,W,3] inside `mask` [H,W], blurred by 1.5 pixels: shape and pigment both count.
+    """
+    pigment = np.linalg.norm(ndimage.gaussian_filter(delta, (1.5, 1.5, 0), truncate=2.5), axis=-1) * mask
+    y, x = np.nonzero(mask)
     cy, cx = y.mean(), x.mean()
     side = int(np.ceil(np.hypot(y - cy, x - cx).max())) + 2
     step = max(1.0, side / 24)
@@ -132,15 +129,14 @@ def asymmetry_of(pigment: np.ndarray) -> float:
 
 
 def _edge_width(part: Segment, contour: np.ndarray) -> float:
-    """Width of the step from skin to lesion: its height over its slope at the border, on the mean profile across the border."""
+    """Width in mm of the step from skin to lesion, 1 / slope of the mean profile 0.25 mm either side of the border."""
     points = contour[:-1] / MM
     tangent = ndimage.gaussian_filter1d(np.roll(points, -1, 0) - np.roll(points, 1, 0), 2, axis=0, mode="wrap")
     normal = np.stack([tangent[:, 1], -tangent[:, 0]], 1) / (np.linalg.norm(tangent, axis=1, keepdims=True) + 1e-6)
-    offsets = np.array([-1.0, -0.8, -0.25, 0.25, 0.8, 1.0]) / MM
+    offsets = np.array([-0.25, 0.25]) / MM
     where = points[None] + offsets[:, None, None] * normal[None]
-    profile = ndimage.map_coordinates(part.field, where.transpose(2, 0, 1), order=1, mode="nearest").mean(1)
-    height, slope = profile[:2].mean() - profile[4:].mean(), (profile[2] - profile[3]) / 0.5
-    return float(np.clip(abs(height) / max(abs(slope), 1e-3), 0, 5))
+    inner, outer = ndimage.map_coordinates(part.profile, where.transpose(2, 0, 1), order=1, mode="nearest").mean(1)
+    return float(np.clip(0.5 / max(abs(inner - outer), 0.05), 0, 5))
 
 
 def _colors(part: Segment, skin: np.ndarray) -> tuple[dict, list]:

@@ -39,7 +39,8 @@ _PRIOR = np.exp(-(_RADIUS / 3) ** 2 / 2)       # tiles are cut around the lesion
 class Segment:
     """A tile taken apart; every array is 128 x 128."""
     mask: np.ndarray        # bool: the lesion, holes filled; all False where none was found
-    field: np.ndarray       # float: 0 = skin, 1 = the lesion near by; the border is its 0.5 level
+    field: np.ndarray       # float: the border is its 0.5 level
+    profile: np.ndarray     # float: 0 = skin, 1 = the colour of the lesion near by
     delta: np.ndarray       # float [...,3]: CIELAB difference to the skin around, hair painted over
     score: float            # how far the lesion stands out: contrast over the spread of the skin around
     lab: np.ndarray         # float [...,3]: CIELAB of the raw pixels
@@ -69,8 +70,8 @@ def segment(image_u8: np.ndarray) -> Segment:
     delta = half - _BASIS @ surface
     score, mask = _best_patch(delta, ok)
     delta_full = clean - _BASIS_FULL @ surface
-    mask, field, delta_full = _border(mask, delta, delta_full, ok)
-    return Segment(mask & ~outside, field, delta_full, score, lab, hair, outside)
+    mask, field, profile, delta_full = _border(mask, delta, delta_full, ok)
+    return Segment(mask & ~outside, field, profile, delta_full, score, lab, hair, outside)
 
 
 def _outside(lab: np.ndarray) -> np.ndarray:
@@ -118,7 +119,7 @@ def _halve(field: np.ndarray) -> np.ndarray:
 def _background(half: np.ndarray, ok: np.ndarray) -> np.ndarray:
     """Skin colour as a quadratic surface [6,3], fitted to the rim more than to the centre, pixels unlike skin dropped."""
     basis, color = _BASIS[::2, ::2].reshape(-1, 6), half[::2, ::2].reshape(-1, 3)
-    trust = ok[::2, ::2].ravel() * (0.15 + np.clip(_RADIUS[::2, ::2].ravel() / 5, 0, 1))
+    trust = ok[::2, ::2].ravel() * (0.03 + np.clip(_RADIUS[::2, ::2].ravel() / 6, 0, 1) ** 2)
     if not trust.any():
         return np.zeros((6, 3))
     ridge, weight = np.diag([1e-6, 1e-3, 1e-3, 0.03, 0.03, 0.03]), trust
@@ -144,7 +145,7 @@ def _best_patch(delta: np.ndarray, ok: np.ndarray) -> tuple[float, np.ndarray]:
         projection = _discriminant(found[1], smooth, ok)
         if projection is not None:
             field, middle = projection
-            best = max(best, _best_level(field, middle * np.array([0.35, 0.45, 0.55, 0.7]), ok), key=lambda candidate: candidate[0])
+            best = max(best, _best_level(field, middle * np.array([0.45, 0.55, 0.7]), ok), key=lambda candidate: candidate[0])
     score, mask = best
     opened = ndimage.binary_opening(mask)
     mask = _component(opened, 0.01 + _PRIOR) if opened.any() else mask
@@ -202,10 +203,10 @@ def _best_level(field: np.ndarray, levels: np.ndarray, ok: np.ndarray) -> tuple[
     """(score, mask) of the level set that stands out most: saturated contrast to a ring 0.2-0.9 mm outside over the ring's
     spread, times mild preferences for large, compact, central, and not cut by the tile's edge.
 
-    Saturated, field / (field + 4), so that a black patch does not outdo the brown lesion around it.
+    Saturated, field / (field + 6), so that a black patch does not outdo the brown lesion around it.
     """
     best, positive = (0.0, np.zeros(field.shape, bool)), np.maximum(field, 0)
-    saturated, weight = positive / (positive + 4), positive * (0.02 + _PRIOR)
+    saturated, weight = positive / (positive + 6), positive * (0.02 + _PRIOR)
     for level in levels:
         mask = _component((field > level) & ok, weight)
         inner = _grow(mask, 1)
@@ -217,7 +218,7 @@ def _best_level(field: np.ndarray, levels: np.ndarray, ok: np.ndarray) -> tuple[
         perimeter = np.count_nonzero(mask[1:] != mask[:-1]) + np.count_nonzero(mask[:, 1:] != mask[:, :-1])
         cut = mask[[0, -1]].sum() + mask[:, [0, -1]].sum()
         score = (saturated[mask].mean() - around.mean()) / np.sqrt(around.var() + 0.01)
-        score *= area ** 0.15 * (16 * area / perimeter ** 2) ** 0.3
+        score *= area ** 0.1 * (16 * area / perimeter ** 2) ** 0.3
         score *= (0.1 + _PRIOR[mask].mean()) ** 0.5 / (1 + cut / np.sqrt(area))
         if score > best[0]:
             best = float(score), mask
@@ -225,26 +226,38 @@ def _best_level(field: np.ndarray, levels: np.ndarray, ok: np.ndarray) -> tuple[
 
 
 def _border(mask: np.ndarray, delta: np.ndarray, delta_full: np.ndarray, ok: np.ndarray) -> tuple:
-    """(mask, field, delta) at 128: the border where the colour is half way from the skin around to the lesion next to it.
+    """(mask, field, profile, delta) at 128: the border where the colour is about half way from skin to the lesion next to it.
 
-    v = the lesion's colour difference, averaged over 1 mm inside the mask; field = <delta, v> / <v, v>, smoothed more where
-    the contrast is low.
+    v = direction of the lesion's colour difference within about 1 mm; p = <delta, v>, smoothed more where the contrast is low.
+    Contrast is saturated, s(p) = p / (p + 0.5 W) with W the lesion's contrast, so that a light part beside a black one is still
+    lesion; the border is where s falls to 0.78 of its local mean (half way in p, where the lesion is uniform).
     """
     gap = _grow(mask, 3)
     ring = _grow(gap, 8) & ~gap & ok
     if mask.sum() < 8 or ring.sum() < 12:
-        return np.zeros((SIDE, SIDE), bool), np.zeros((SIDE, SIDE), np.float32), delta_full
+        return np.zeros((SIDE, SIDE), bool), np.zeros((SIDE, SIDE), np.float32), np.zeros((SIDE, SIDE), np.float32), delta_full
     base = np.median(delta[ring], 0)
     delta, delta_full = delta - base, delta_full - base
-    eroded = ndimage.binary_erosion(mask)
-    weight = (eroded if eroded.sum() > 12 else mask).astype(np.float32)[..., None]
-    local = _blur(delta * weight, 3.5) / (_blur(weight, 3.5) + 1e-3) + 1e-3 * (delta * weight).sum((0, 1)) / weight.sum()
-    spread = 1.4826 * np.median(np.abs(delta[ring] - np.median(delta[ring], 0)), 0) + 0.7
-    local = np.repeat(np.repeat(local / spread, 2, 0), 2, 1)
-    strength = (local ** 2).sum(-1)
-    field = ((delta_full / spread) * local).sum(-1) / np.maximum(strength, 1.0)
-    contrast = np.sqrt(np.median(strength[::2, ::2][mask]))
-    field = _blur(field, float(np.clip(8 / contrast, 0.9, 3)))
+    spread = 1.4826 * np.median(np.abs(delta[ring]), 0) + 0.7
+    scaled = delta / spread
+    strength = np.linalg.norm(scaled, axis=-1)
+    weight = mask * strength                              # the stronger parts count more: a faint rim is not the colour
+    whole = (strength * weight).sum() / weight.sum()
+    average = (scaled * weight[..., None]).sum((0, 1)) / weight.sum()
+    local = _blur(scaled * weight[..., None], 3.5) + 1e-3 * average
+    local /= np.linalg.norm(local, axis=-1, keepdims=True) + 1e-6
+    level = np.maximum((scaled * local).sum(-1), 0)
+    bend = 0.5 * whole
+    middle = (_blur(level / (level + bend) * weight, 3.5) + 0.5e-3) / (_blur(weight, 3.5) + 1e-3)
+    plain = (_blur(level * weight, 3.5) + 1e-3 * whole) / (_blur(weight, 3.5) + 1e-3)
+    local, middle, plain = (np.repeat(np.repeat(field, 2, 0), 2, 1) for field in (local, middle, plain))
+    along = (delta_full / spread * local).sum(-1)
+    smooth = _blur(delta_full / spread, float(np.clip(6 / whole, 0.9, 3)))
+    forward = np.maximum((smooth * local).sum(-1), 0) ** 2
+    rest = (smooth ** 2).sum(-1) - forward
+    smooth = np.sqrt(forward + 0.9 * np.maximum(rest - 2 * np.median(rest[::2, ::2][ring]), 0))
+    field = smooth / (smooth + bend) / np.maximum(middle, 0.3) * (0.5 / 0.78)
     near = np.repeat(np.repeat(_grow(mask, 3), 2, 0), 2, 1)
     fine = _component((field > 0.5) & near, np.repeat(np.repeat(mask * 1.0, 2, 0), 2, 1))
-    return ndimage.binary_fill_holes(fine), field, delta_full
+    closed = ~_grow(~_grow(fine, 3), 3)                    # a thin pale gap between two colours is lesion too
+    return ndimage.binary_fill_holes(closed), field, along / plain, delta_full
