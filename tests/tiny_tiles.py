@@ -27,8 +27,8 @@ def write_set(folder, counts: dict, patients: bool = True, seed: int = 0) -> lis
                 name = f"ISIC_{len(rows):07d}"
                 Image.fromarray(picture(rng, label == "malignant")).save(folder / f"images/{name}.jpg", quality=95)
                 rows.append({"file_name": f"images/{name}.jpg", "isic_id": name, "text": "", "label": label,
-                             "split": split, "patient_id": f"P{split}{label}{i // 2}" if patients else None, "attributes": {},
-                             "source": "test", "license": "CC0",
+                             "split": split, "patient_id": f"P{split}{label}{i // 2}" if patients else None,
+                             "attributes": {}, "source": "test", "license": "CC0",
                              "sha256": files.sha256_file(folder / f"images/{name}.jpg")})
     files.write_manifest(folder, rows)
     files.write_json(folder / "dataset.json", {"format": 1, "color_norm": "none", "split": "patient"})
