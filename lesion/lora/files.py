@@ -45,7 +45,17 @@ def write(path: Path, factors: dict[str, Factors], metadata: dict[str, str], lay
         else:
             tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up * (alpha / len(down))}
     metadata = {**metadata, "sshs_model_hash": _tensor_hash(save(tensors))} if layout == "kohya" else {"format": "pt", **metadata}
-    write_bytes(path, save(tensors, metadata=metadata))
+    write_bytes(path, _in_order(save(tensors, metadata=metadata)))
+
+
+def _in_order(data: bytes) -> bytes:
+    """The same safetensors file with its metadata sorted: the library's order is random, and equal runs shall give equal bytes."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + size:]
 
 
 def _tensor_hash(data: bytes) -> str:
@@ -104,7 +114,7 @@ def _resolve(key: str, kohya: dict[str, str], modules: dict[str, nn.Module]) -> 
         stem = key.removesuffix("." + ending)
         if stem.startswith("lora_"):
             return kohya.get(re.sub("^lora_te1_", "lora_te_", stem)), role
-        return _dotted(stem, modules), role if role != "alpha" else ""
+        return (None, "") if role == "alpha" else (_dotted(stem, modules), role)  # diffusers refuses a dotted alpha too
     match = re.fullmatch(r"(.*)\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight", key)
     if match:
         module = match[2] + (".0" if match[2] == "to_out" else "")
@@ -137,6 +147,8 @@ def _factors(path: Path, name: str, parts: dict[str, Tensor], module: nn.Module,
     if not {"down", "up"} <= parts.keys():
         raise ValueError(f"{path}: {name} has {' and '.join(sorted(parts))} only, both factors are needed")
     down, up = parts["down"].float(), parts["up"].float()
+    if min(down.ndim, up.ndim) < 2 or not len(down) or parts.get("alpha", torch.zeros(())).numel() != 1:
+        raise ValueError(f"{path}: {name} has factors {list(down.shape)}, {list(up.shape)}: rank must be at least 1, alpha one number")
     rank = len(down)
     if isinstance(module, nn.Conv2d):  # some tools flatten 1x1 convolutions
         down, up = (x if x.ndim == 4 else x.reshape(*x.shape, 1, 1) if x.ndim == 2 else x for x in (down, up))
