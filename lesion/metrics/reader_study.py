@@ -19,6 +19,8 @@ SCALE = {1: "surely synthetic", 2: "probably synthetic", 3: "rather synthetic",
          4: "rather real", 5: "probably real", 6: "surely real"}
 MARGIN = 0.5  # of d': an unbiased reader right on Phi(0.25) = 60 % of the tiles
 ALPHA = 0.05
+COUNTS = ("hits", "signals", "false_alarms", "noises")
+PUBLISHED = (133, 200, 101, 200)  # the seed study: 133 real and 99 synthetic tiles right
 MIN_TILES = 5  # of each class, or a reader has no figures
 
 
@@ -243,7 +245,8 @@ def analyse(names: list[str], ratings: np.ndarray, is_real: np.ndarray, malignan
     pooled = {name: _plain(pool(*values, is_real)) for name, values in figures.items()}
     d = pooled["d_prime"]
     df = np.inf if d["df"] is None else d["df"]
-    results = {"readers": rows, "left_out": left_out, "pooled": pooled, "total": _total(rows),
+    results = {"readers": rows, "left_out": left_out, "pooled": pooled,
+               "total": together(*(sum(row[name] for row in rows) for name in COUNTS)),
                "agreement": _agreement(names, ratings),
                "equivalence": {"margin": margin, "p": tost(d["estimate"], d["se"], df, margin),
                                "power": tost_power(d["se"], df, margin)},
@@ -275,11 +278,9 @@ def _reader_row(name: str, ratings: np.ndarray, is_real: np.ndarray) -> dict:
                   "area_high": area_high}
 
 
-def _total(rows: list[dict]) -> dict:
-    """All answers in one heap, as published tables have them: raw d' and c, and a binomial p that takes answers for
-    independent, which those of one reader or to one tile are not."""
-    hits, signals, false_alarms, noises = (sum(row[name] for row in rows)
-                                           for name in ("hits", "signals", "false_alarms", "noises"))
+def together(hits: int, signals: int, false_alarms: int, noises: int) -> dict:
+    """All answers in one heap, as published tables have them: raw d' and c (log-linear where a rate is 0 or 1), and a
+    binomial p that takes answers for independent, which those of one reader or to one tile are not."""
     p, chance = guessing_p(hits + noises - false_alarms, signals, noises, hits + false_alarms)
     raw = 0 < hits < signals and 0 < false_alarms < noises
     d, c = sensitivity(hits, signals, false_alarms, noises, "none" if raw else "loglinear")
@@ -322,8 +323,8 @@ def verdict(results: dict) -> str:
     d, correct, same = results["pooled"]["d_prime"], results["pooled"]["correct"], results["equivalence"]
     one = len(results["readers"]) == 1
     who = "The reader" if one else f"The {len(results['readers'])} readers"
-    figures = (f"(pooled d' {d['estimate']:.2f}, 95 % interval {d['low']:.2f} to {d['high']:.2f}; "
-               f"{correct['estimate']:.0%} right, guessing gives 50 %)")
+    figures = (f"(pooled d' {d['estimate']:.2f}, 95% interval {d['low']:.2f} to {d['high']:.2f}; "
+               f"{correct['estimate']:.0%} right, guessing gives 50%)")
     most = stats.norm.cdf(same["margin"] / 2)
     margin = f"d' within {same['margin']:g} of zero; an unbiased reader right on at most {most:.0%}"
     if d["low"] > 0:
@@ -340,7 +341,7 @@ def verdict(results: dict) -> str:
                 f"to, a study like this had a {same['power']:.0%} chance of showing it ({margin}).")
     able = sum(row["p_holm"] < ALPHA and row["correct_rate"] > row["chance"] for row in results["readers"])
     if not one:
-        text += f" On their own, {able} of {len(results['readers'])} are right more often than by guessing (Holm)."
+        text += f" Taken one by one, {able} of {len(results['readers'])} beat guessing (Holm)."
     criterion = results["pooled"]["criterion"]
     if criterion["low"] > 0 or criterion["high"] < 0:
         habit = "synthetic" if criterion["low"] > 0 else "real"
