@@ -40,7 +40,7 @@ def cells(part, caption):
 
 
 def test_section_says_what_the_statistics_say(sets, tmp_path):
-    """Answers on disk -> section: rates, d', kappa and verdict are those computed from the simulated ratings directly."""
+    """Answers on disk -> section: rates, d', kappa and verdict are those computed from the ratings directly."""
     ratings = read_study(tmp_path / "s", sets, 3, 1.5)
     part = report_readers.build(tmp_path / "s")
     is_real = np.repeat([True, False], 12)
