@@ -129,20 +129,23 @@ def seed_resamples(seeds: int, count: int = RESAMPLES, seed: int = 0) -> np.ndar
     """
     if seeds == 1:
         return np.ones((count, 1))
-    picks = np.random.default_rng(seed).integers(seeds, size=(count, seeds - 1))
+    picks = np.random.default_rng([seed, 1]).integers(seeds, size=(count, seeds - 1))
     return np.stack([(picks == s).sum(1) for s in range(seeds)], axis=1) / (seeds - 1)
 
 
-def bootstrap(labels: np.ndarray, scores: np.ndarray, thresholds: list, weights: np.ndarray,
-              seed_weights: np.ndarray) -> dict[str, np.ndarray]:
-    """Mean over seeds of every metric in each resample: name -> [R].
+def bootstrap(labels: np.ndarray, scores: np.ndarray, thresholds: list, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Every metric of every seed in each resample: name -> [S, R].
 
-    scores [S, n], thresholds: S numbers or [n] arrays, weights [R, n] from `patient_resamples`, seed_weights [R, S].
-    Arms given the same weights are paired: subtract their results for the distribution of a difference.
+    scores [S, n], thresholds: S numbers or [n] arrays, weights [R, n] from `patient_resamples`. Arms given the same
+    weights are paired: subtract their results for the distribution of a difference.
     """
     values = [classification.evaluate(labels, s, t, weights) for s, t in zip(scores, thresholds, strict=True)]
-    return {name: sum(seed_weights[:, s] * value[name] for s, value in enumerate(values))
-            for name in classification.METRICS}
+    return {name: np.stack([value[name] for value in values]) for name in classification.METRICS}
+
+
+def mean_over_seeds(values: np.ndarray, seed_weights: np.ndarray) -> np.ndarray:
+    """Means [R] of `values` [S, R] of `bootstrap` under weights [R, S] of `seed_resamples`; NaN if one has no value."""
+    return np.einsum("sr,rs->r", values, seed_weights)
 
 
 def interval(estimate: float, distribution: np.ndarray, patients: int, ceiling: float = 1.0,

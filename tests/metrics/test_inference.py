@@ -149,12 +149,18 @@ def test_seed_resamples_are_unbiased():
     assert (inference.seed_resamples(1, 5) == 1).all()
 
 
+def test_mean_over_seeds():
+    """The mean of two seeds in each resample under its own weights; undefined where one of them is."""
+    values, weights = np.array([[1.0, 2, 3], [5, 6, np.nan]]), np.array([[0.5, 0.5], [1, 0], [0.5, 0.5]])
+    assert inference.mean_over_seeds(values, weights) == pytest.approx([3, 2, np.nan], nan_ok=True)
+
+
 def test_bootstrap_error_agrees_with_delong():
     """For AUROC the bootstrap's standard error is DeLong's, over tiles and over patients."""
     labels, first, _, patients = simulate(np.random.default_rng(4), 60, 200, tiles=3, shared=0.6)
     for grouped in (None, patients):
         weights = inference.patient_resamples(labels, grouped, 2000)
-        error = inference.bootstrap(labels, first[None], [0.3], weights, np.ones((2000, 1)))["auroc"].std()
+        error = inference.bootstrap(labels, first[None], [0.3], weights)["auroc"].std()
         assert error == pytest.approx(np.sqrt(inference.delong(labels, first, grouped)[1][0, 0]), rel=0.08)
 
 
@@ -163,8 +169,8 @@ def test_bootstrap_of_the_study_takes_seconds():
     labels, first, _, _ = simulate(np.random.default_rng(5), 79, 2000)
     started = time.process_time()
     weights = inference.patient_resamples(labels, None)
-    result = inference.bootstrap(labels, first[None], [0.2], weights, inference.seed_resamples(1))
-    assert {len(v) for v in result.values()} == {2000}
+    result = inference.bootstrap(labels, first[None], [0.2], weights)
+    assert {v.shape for v in result.values()} == {(1, 2000)}
     assert time.process_time() - started < 5
 
 
@@ -178,18 +184,17 @@ def coverage():
     setting = {"tiles": 2, "shared": 0.7, "gain": 0.4}
     labels, *scores, _ = simulate(rng, 79 * 300, 120 * 300, **setting)
     truth = [{k: v[0] for k, v in classification.evaluate(labels, s, 0.3).items()} for s in scores]
-    once = np.ones((DRAWS, 1))
     for run in range(RUNS):
         labels, first, second, patients = simulate(rng, 79, 120, **setting)
         plain = classification.evaluate(labels, first, 0.3)
         over_patients, over_tiles = (inference.patient_resamples(labels, p, DRAWS, run) for p in (patients, None))
-        one, two = (inference.bootstrap(labels, s[None], [0.3], over_patients, once) for s in (first, second))
-        naive = inference.bootstrap(labels, first[None], [0.3], over_tiles, once)
+        one, two = (inference.bootstrap(labels, s[None], [0.3], over_patients) for s in (first, second))
+        naive = inference.bootstrap(labels, first[None], [0.3], over_tiles)
         for name in ("auroc", "auprc", "recall_50", "brier"):
             for kind, found, true in (
-                    ("", inference.interval(plain[name][0], one[name], 79), truth[0][name]),
-                    ("naive ", inference.interval(plain[name][0], naive[name], 79), truth[0][name]),
-                    ("difference ", inference.difference_interval(two[name] - one[name], 79),
+                    ("", inference.interval(plain[name][0], one[name][0], 79), truth[0][name]),
+                    ("naive ", inference.interval(plain[name][0], naive[name][0], 79), truth[0][name]),
+                    ("difference ", inference.difference_interval((two[name] - one[name])[0], 79),
                      truth[1][name] - truth[0][name])):
                 hits.setdefault(kind + name, []).append(found[0] <= true <= found[1])
         result = inference.delong_test(labels, first, second, patients)
