@@ -15,6 +15,7 @@ def parse(argv=None):
     group = parser.add_argument_group("what to report (each part is left out without its folder)")
     group.add_argument("--classify", type=Path, metavar="RUN", help="run folder of classify.py")
     group.add_argument("--data", type=Path, help="prepared data set, for the subgroups")
+    group.add_argument("--study", type=Path, metavar="DIR", help="study folder of `python -m lesion study`")
     group.add_argument("--confusion", nargs=2, choices=list(experiments.ARMS), default=["W1", "S2"], metavar="ARM",
                        help="two arms whose confusion matrices are drawn")
     group = parser.add_argument_group("output")
@@ -25,19 +26,26 @@ def parse(argv=None):
 
 def main(argv=None) -> None:
     args = parse(argv)
-    if not args.classify:
-        raise ValueError("nothing to report: give --classify RUN (a run folder of classify.py)")
-    from lesion import plots, report, report_classification
+    if not (args.classify or args.study):
+        raise ValueError("nothing to report: give --classify RUN (a run folder of classify.py) or --study DIR")
+    from lesion import plots, report, report_classification, report_readers
     blocks, results, figures = [], {}, {}
 
-    part, found, drawn = report_classification.build(args.classify, args.data, tuple(args.confusion))
-    blocks, results, figures = blocks + part, results | {"classification": found}, figures | drawn
+    if args.classify:
+        part, found, drawn = report_classification.build(args.classify, args.data, tuple(args.confusion))
+        blocks, results, figures = blocks + part, results | {"classification": found}, figures | drawn
+    if args.study:
+        part, found, drawn = report_readers.build(args.study)
+        blocks, results, figures = blocks + part, results | {"readers": found}, figures | drawn
 
     # Nothing is written before everything has been computed.
     for stem, figure in figures.items():
         plots.save(figure, args.out / "figures", stem)
     report.write(args.out, args.title, blocks, results)
-    print(report_classification.finding(results["classification"]))
+    if args.classify:
+        print(report_classification.finding(results["classification"]))
+    if args.study:
+        print(results["readers"]["verdict"])
     print(f"report: {args.out / 'report.html'}")
 
 

@@ -1,15 +1,18 @@
-"""The reader study in the report: verdict, tables, figure, and how they were made.
+"""The reader study in the report: can readers tell real tiles from synthetic ones?
 
-The figures are lesion.metrics.reader_study's. Proven by tests/test_report_readers.py.
+The numbers and the verdict are lesion.metrics.reader_study's. Proven by tests/test_report_readers.py.
 """
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
+from lesion import plots, report
 from lesion.metrics import reader_study
+from lesion.report import heading, number, p_value, paragraph, table
 from lesion.web import study_folder
 
-BLUE, RED, GREY = "#0072B2", "#D55E00", "#555555"  # Okabe & Ito: told apart by the colour-blind
 METHOD = (
     "Readers saw the tiles one at a time at a fixed size, in an order of their own, all encoded alike, and answered "
     "on a scale from 1, surely synthetic, to 6, surely real; 4 and above counts as real.",
@@ -22,137 +25,144 @@ METHOD = (
 )
 
 
-def build(folder: Path) -> dict:
-    """The section's parts: `results` (lesion.metrics.reader_study.analyse), `paragraphs`, `tables` of (caption, header,
-    rows of text). ValueError if the folder is damaged or no reader has answered enough."""
+def build(folder: Path) -> tuple[list[dict], dict, dict]:
+    """(blocks, results, figures: stem -> matplotlib figure) for a study folder, from its journals.
+
+    ValueError if the folder is damaged or no reader has answered enough; a damaged line costs that answer and is named.
+    """
     study, answers, problems = study_folder.read_answers(folder)
     results = reader_study.analyse(**study_folder.as_arrays(study, answers))
+    results |= {"settings": study["settings"], "provenance": study["provenance"], "skipped_lines": problems}
     settings = study["settings"]
     shown = (f"{settings['count']} real and {settings['count']} synthetic {settings['label']} tiles of "
              f"{settings['resolution']} px (split of the real ones: {settings['split']}; seed {settings['seed']}), "
              f"{len(answers)} answers of {len({row['reader'] for row in answers})} reader(s).")
     left_out = [f"Left out, too few answers: {line}." for line in results["left_out"]]
-    tables = [_readers(results), _pooled(results)]
+    blocks = [heading("Can readers tell real from synthetic?"), paragraph(results["verdict"], lead=True),
+              *(paragraph(text) for text in (shown, *left_out, *problems)), _picture(results), _readers(results),
+              _pooled(results)]
     if results["agreement"]["pairs"]:
-        tables.append(_agreement(results))
+        blocks.append(_agreement(results))
     if results["malignancy"]:
-        tables.append(_malignancy(results))
-    return {"results": results | {"settings": settings, "provenance": study["provenance"]}, "tables": tables,
-            "paragraphs": [results["verdict"], shown, *left_out, *problems, *METHOD]}
+        blocks.append(_malignancy(results))
+    return [*blocks, heading("How it was done", 3), *map(paragraph, METHOD)], results, {"readers": draw(results)}
 
 
-def _interval(row: dict, name: str = "", percent: bool = False) -> str:
-    """"0.41 [0.16, 0.66]" of a pooled figure, or of figure `name` in a reader's row."""
-    values = [row[f"{name}_low"], row[f"{name}_high"]] if name else [row["low"], row["high"]]
-    middle = row[name if name in row else f"{name}_rate"] if name else row["estimate"]
-    if percent:
-        return f"{middle:.0%} [{max(values[0], 0):.0%}, {min(values[1], 1):.0%}]"
-    return f"{middle:.2f} [{values[0]:.2f}, {values[1]:.2f}]"
+def _interval(row: dict, name: str, digits: int = 2) -> str:
+    """"0.41 [0.16, 0.66]" of figure `name` in a reader's row; of a pooled figure: report.interval."""
+    return report.interval({"mean": row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"]}, digits=digits)
 
 
-def _p(value: float) -> str:
-    if value < 0.0001:
-        return "< .0001"
-    return f"{value:.4f}"[1:] if value < 0.01 else f"{value:.3f}"[1:] if value < 0.9995 else "1"
+def _share(middle: float, low: float, high: float) -> str:
+    return f"{middle:.0%} [{max(low, 0):.0%}, {min(high, 1):.0%}]"
 
 
-def _readers(results: dict) -> tuple:
+def _readers(results: dict) -> dict:
     header = ["reader", "real tiles right", "synthetic tiles right", "all right", "p", "p (Holm)", "d'", "c",
               "ROC area", "s a tile"]
     rows = []
     for row in results["readers"]:
-        counts = f"{row['hits']} of {row['signals']}", f"{row['noises'] - row['false_alarms']} of {row['noises']}"
-        rows.append([row["reader"], f"{counts[0]}, {_interval(row, 'real', True)}",
-                     f"{counts[1]}, {_interval(row, 'synthetic', True)}", _interval(row, "correct", True), _p(row["p"]),
-                     _p(row["p_holm"]), _interval(row, "d_prime"), f"{row['criterion']:.2f}", _interval(row, "area"),
-                     f"{row['seconds']:.1f}" if row.get("seconds") is not None else "–"])
+        real, synthetic, correct = (_share(*(row[f"{name}_{end}"] for end in ("rate", "low", "high")))
+                                    for name in ("real", "synthetic", "correct"))
+        rows.append([row["reader"], f"{row['hits']} of {row['signals']}, {real}",
+                     f"{row['noises'] - row['false_alarms']} of {row['noises']}, {synthetic}", correct,
+                     p_value(row["p"]), p_value(row["p_holm"]), _interval(row, "d_prime"),
+                     number(row["criterion"], 2), _interval(row, "area"), number(row.get("seconds"), 1)])
     published = reader_study.together(*reader_study.PUBLISHED)
     for name, heap in (("all answers, uncorrected", results["total"]), ("published study, all answers", published)):
         spotted = heap["noises"] - heap["false_alarms"]
         rows.append([name, f"{heap['hits']} of {heap['signals']}, {heap['hits'] / heap['signals']:.1%}",
                      f"{spotted} of {heap['noises']}, {spotted / heap['noises']:.1%}", f"{heap['accuracy']:.1%}",
-                     _p(heap["p"]), "", f"{heap['d_prime']:.3f}", f"{heap['criterion']:.3f}", "", ""])
-    return "Each reader, with 95 % intervals; below, answers in one heap as independent, as published", header, rows
+                     p_value(heap["p"]), "", number(heap["d_prime"]), number(heap["criterion"]), "", ""])
+    return table("Each reader, with 95 % intervals; below, all answers in one heap as if independent, the way "
+                 "published tables have them (d' and c of the raw rates).", header, rows)
 
 
-def _pooled(results: dict) -> tuple:
-    names = {"d_prime": ("d'", False), "criterion": ("c", False), "area": ("ROC area", False),
-             "real_rate": ("real tiles right", True), "synthetic_rate": ("synthetic tiles right", True),
-             "correct": ("right, mean of both", True)}
+def _pooled(results: dict) -> dict:
+    names = {"d_prime": "d'", "criterion": "c", "area": "ROC area", "real_rate": "real tiles right",
+             "synthetic_rate": "synthetic tiles right", "correct": "right, mean of both"}
     rows = []
-    for name, (text, percent) in names.items():
-        pooled = results["pooled"][name]
-        rows.append([text, _interval(pooled, percent=percent), "–" if pooled["df"] is None else f"{pooled['df']:.1f}",
-                     "–" if pooled["reader_sd"] is None else f"{pooled['reader_sd']:.2f}"])
+    for name, text in names.items():
+        row = results["pooled"][name]
+        is_share = name in ("real_rate", "synthetic_rate", "correct")
+        rows.append([text, _share(row["estimate"], row["low"], row["high"]) if is_share else
+                     report.interval(row, "estimate", 2), number(row["df"], 1), number(row["reader_sd"], 2)])
     same = results["equivalence"]
-    rows.append([f"d' within ±{same['margin']:g} (TOST)", f"p = {_p(same['p'])}", "",
-                 f"power {same['power']:.0%} if d' is 0"])
-    return "All readers: mean and 95 % interval for other readers and other tiles", \
-        ["figure", "estimate", "degrees of freedom", "sd between readers"], rows
+    rows.append([f"d' within ±{same['margin']:g} (TOST)", f"p = {p_value(same['p'])}", "", ""])
+    return table("All readers: mean and 95 % interval for other readers and other tiles. If d' were 0, a study like "
+                 f"this would show equivalence with a chance of {same['power']:.0%}.",
+                 ["figure", "estimate", "degrees of freedom", "sd between readers"], rows)
 
 
-def _agreement(results: dict) -> tuple:
+def _agreement(results: dict) -> dict:
     found = results["agreement"]
-    rows = [[f"{pair['first']} and {pair['second']}", str(pair["tiles"]), _kappa(pair["kappa"])]
+    rows = [[f"{pair['first']} and {pair['second']}", str(pair["tiles"]), number(pair["kappa"], 2)]
             for pair in found["pairs"]]
     if len(rows) > 10:
         values = [pair["kappa"] for pair in found["pairs"] if pair["kappa"] is not None]
-        rows = [["pairs: lowest, median, highest", str(len(rows)), ", ".join(
-            _kappa(float(value)) for value in np.quantile(values, [0, 0.5, 1])) if values else "–"]]
+        quantiles = np.quantile(values, [0, 0.5, 1]) if values else [None] * 3
+        rows = [[f"{len(rows)} pairs: lowest, median, highest", "", ", ".join(number(value, 2) for value in quantiles)]]
     if found["fleiss"] is not None:
-        rows.append(["all (Fleiss)", str(found["tiles_by_all"]), _kappa(found["fleiss"])])
-    return "Agreement between readers on real or synthetic: Cohen's kappa", ["readers", "tiles", "kappa"], rows
+        rows.append(["all (Fleiss)", str(found["tiles_by_all"]), number(found["fleiss"], 2)])
+    return table("Agreement between readers on real or synthetic: Cohen's kappa.", ["readers", "tiles", "kappa"], rows)
 
 
-def _kappa(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
-
-
-def _malignancy(results: dict) -> tuple:
+def _malignancy(results: dict) -> dict:
     found = results["malignancy"]
     rows = [[row["reader"], f"{row['real']:.0%}", f"{row['synthetic']:.0%}", f"{row['real'] - row['synthetic']:+.0%}"]
             for row in found["readers"]]
     difference = found["difference"]
-    rows.append(["mean", _interval(found["real"], percent=True), _interval(found["synthetic"], percent=True),
+    pooled = [_share(*(found[name][key] for key in ("estimate", "low", "high"))) for name in ("real", "synthetic")]
+    rows.append(["mean", *pooled,
                  f"{difference['estimate']:+.0%} [{difference['low']:+.0%}, {difference['high']:+.0%}]"])
-    return "Tiles called malignant", ["reader", "real", "synthetic", "difference"], rows
+    return table("Tiles called malignant.", ["reader", "real", "synthetic", "difference"],
+                 [[cell.replace("-", "−") if column else cell for column, cell in enumerate(row)] for row in rows])
 
 
-def figure(results: dict):
-    """Left: share of real and of synthetic tiles each reader identified (exact 95 % intervals); right: d' with the
-    equivalence margin shaded. The pooled estimate stands below the readers. Returns a matplotlib figure."""
-    from matplotlib.figure import Figure
+def _picture(results: dict) -> dict:
+    pooled = results["pooled"]
+    alt = (f"Dots with intervals for {len(results['readers'])} reader(s) and their mean: real tiles called real "
+           f"{pooled['real_rate']['estimate']:.0%}, synthetic tiles called synthetic "
+           f"{pooled['synthetic_rate']['estimate']:.0%}, d' {pooled['d_prime']['estimate']:.2f}.")
+    return report.figure("readers", "What each reader identified (left; exact 95 % intervals, guessing: 50 %) and how "
+                         "far apart the classes were for them (right; the grey band is the margin of the equivalence "
+                         "test). The mean over readers stands below the line, with its interval for other readers and "
+                         "tiles.", alt)
+
+
+def draw(results: dict) -> Figure:
+    """Left: share of real and of synthetic tiles each reader identified; right: d', the equivalence margin shaded.
+    The pooled estimate stands below the readers. results: of lesion.metrics.reader_study.analyse."""
     readers = results["readers"]
-    height = 1.5 + 0.38 * (len(readers) + 1)
-    chart = Figure(figsize=(8.5, height), layout="constrained")
-    rates, distance = chart.subplots(1, 2, sharey=True, width_ratios=[3, 2])
-    places = np.arange(len(readers))
-    bottom = len(readers) + 0.3
-    for name, label, colour, marker, shift in (("real", "real tile called real", BLUE, "o", -0.13),
-                                               ("synthetic", "synthetic tile called synthetic", RED, "s", 0.13)):
-        pooled = results["pooled"][f"{name}_rate"]
-        middle = np.array([row[f"{name}_rate"] for row in readers] + [pooled["estimate"]])
-        low = np.array([row[f"{name}_low"] for row in readers] + [max(pooled["low"], 0)])
-        high = np.array([row[f"{name}_high"] for row in readers] + [min(pooled["high"], 1)])
-        reach = 100 * np.array([middle - low, high - middle])
-        rates.errorbar(100 * middle, np.append(places, bottom) + shift, xerr=reach, fmt=marker, color=colour,
-                       markersize=5, linewidth=1.4, label=label)
-    rates.axvline(50, color=GREY, linestyle="--", linewidth=1)
-    rates.set(xlim=(0, 100), xlabel="identified, %", yticks=[*places, bottom],
-              yticklabels=[*(row["reader"] for row in readers), "all readers"], ylim=(bottom + 0.5, -0.5))
-    rates.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize=9, handletextpad=0.4)
-    margin, pooled = results["equivalence"]["margin"], results["pooled"]["d_prime"]
-    distance.axvspan(-margin, margin, color="#999999", alpha=0.25, linewidth=0, label=f"margin ±{margin:g}")
-    distance.axvline(0, color=GREY, linestyle="--", linewidth=1)
-    middle = np.array([row["d_prime"] for row in readers])
-    reach = np.array([[row["d_prime"] - row["d_prime_low"], row["d_prime_high"] - row["d_prime"]] for row in readers]).T
-    distance.errorbar(middle, places, xerr=reach, fmt="o", color="black", markersize=5, linewidth=1.4)
-    distance.errorbar([pooled["estimate"]], [bottom], xerr=[[pooled["estimate"] - pooled["low"]],
-                                                            [pooled["high"] - pooled["estimate"]]],
-                      fmt="D", color="black", markersize=6, linewidth=2)
-    distance.set(xlabel="d' (0: cannot tell)")
-    distance.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, fontsize=9)
-    for axes in (rates, distance):
-        axes.axhline(bottom - 0.65, color=GREY, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-    return chart
+    places, bottom = np.arange(len(readers)), len(readers) + 0.3
+    with rc_context(plots.SETTINGS):
+        chart = Figure(figsize=(8.5, 1.5 + 0.38 * (len(readers) + 1)), layout="constrained")
+        rates, distance = chart.subplots(1, 2, sharey=True, width_ratios=[3, 2])
+        for name, label, colour, marker, shift in (
+                ("real", "real tile called real", plots.BLUE, "o", -0.13),
+                ("synthetic", "synthetic tile called synthetic", plots.VERMILION, "s", 0.13)):
+            pooled = results["pooled"][f"{name}_rate"]
+            middle = 100 * np.array([*(row[f"{name}_rate"] for row in readers), pooled["estimate"]])
+            low = 100 * np.array([*(row[f"{name}_low"] for row in readers), max(pooled["low"], 0)])
+            high = 100 * np.array([*(row[f"{name}_high"] for row in readers), min(pooled["high"], 1)])
+            rates.errorbar(middle, np.append(places, bottom) + shift, xerr=[middle - low, high - middle], fmt=marker,
+                           color=colour, markersize=5, linewidth=1.4, label=label)
+        rates.axvline(50, color=plots.GREY, linestyle="--", linewidth=1)
+        rates.set(xlim=(0, 100), xlabel="identified, %", yticks=[*places, bottom], ylim=(bottom + 0.5, -0.5),
+                  yticklabels=[*(row["reader"] for row in readers), "all readers"])
+        rates.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, handletextpad=0.4)
+        margin, pooled = results["equivalence"]["margin"], results["pooled"]["d_prime"]
+        distance.axvspan(-margin, margin, color=plots.GREY, alpha=0.2, linewidth=0, label=f"margin ±{margin:g}")
+        distance.axvline(0, color=plots.GREY, linestyle="--", linewidth=1)
+        middle = np.array([*(row["d_prime"] for row in readers), pooled["estimate"]])
+        low = np.array([*(row["d_prime_low"] for row in readers), pooled["low"]])
+        high = np.array([*(row["d_prime_high"] for row in readers), pooled["high"]])
+        distance.errorbar(middle[:-1], places, xerr=[(middle - low)[:-1], (high - middle)[:-1]], fmt="o",
+                          color=plots.BLACK, markersize=5, linewidth=1.4)
+        distance.errorbar(middle[-1:], [bottom], xerr=[(middle - low)[-1:], (high - middle)[-1:]], fmt="D",
+                          color=plots.BLACK, markersize=6, linewidth=2)
+        distance.set(xlabel="d' (0: cannot tell)")
+        distance.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        for axes in (rates, distance):
+            axes.axhline(bottom - 0.65, color=plots.GREY, linewidth=0.6)
+        return chart

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from study_sets import real_set, synthetic_set
 
-from lesion import report_readers
+from lesion import plots, report, report_readers
 from lesion.metrics import reader_study
 from lesion.web import study_folder
 from lesion.web.journal import Journal
@@ -33,49 +33,54 @@ def read_study(folder, sets, readers, d_prime, asks=False):
     return ratings
 
 
-def cells(part, caption):
+def cells(blocks, caption):
     """The rows of the table whose caption starts so: {first cell: the others}."""
-    rows = next(rows for title, _, rows in part["tables"] if title.startswith(caption))
+    rows = next(block["rows"] for block in blocks if block.get("caption", "").startswith(caption))
     return {row[0]: row[1:] for row in rows}
+
+
+def words(blocks):
+    return [block["text"] for block in blocks if block["kind"] == "paragraph"]
 
 
 def test_section_says_what_the_statistics_say(sets, tmp_path):
     """Answers on disk -> section: rates, d', kappa and verdict are those computed from the ratings directly."""
     ratings = read_study(tmp_path / "s", sets, 3, 1.5)
-    part = report_readers.build(tmp_path / "s")
+    blocks, results, _ = report_readers.build(tmp_path / "s")
     is_real = np.repeat([True, False], 12)
     expected = reader_study.analyse(["reader-1", "reader-2", "reader-3"], ratings, is_real)
-    assert part["paragraphs"][0] == expected["verdict"]
-    assert "72 answers of 3 reader(s)" in part["paragraphs"][1]
-    table = cells(part, "Each reader")
+    assert words(blocks)[0] == expected["verdict"]
+    assert "72 answers of 3 reader(s)" in words(blocks)[1]
+    table = cells(blocks, "Each reader")
     for number, row in enumerate(expected["readers"]):
         line = table[f"reader-{number + 1}"]
         assert line[0].startswith(f"{(ratings[number, :12] >= 4).sum()} of 12, ")
         assert line[1].startswith(f"{(ratings[number, 12:] < 4).sum()} of 12, ")
-        assert line[5] == f"{row['d_prime']:.2f} [{row['d_prime_low']:.2f}, {row['d_prime_high']:.2f}]"
+        expected_d = f"{row['d_prime']:.2f} [{row['d_prime_low']:.2f}, {row['d_prime_high']:.2f}]"
+        assert line[5] == expected_d.replace("-", "−")
         assert line[8] == "4.0"
     pooled = expected["pooled"]["d_prime"]
-    assert cells(part, "All readers")["d'"][0] == \
-        f"{pooled['estimate']:.2f} [{pooled['low']:.2f}, {pooled['high']:.2f}]"
+    expected_d = f"{pooled['estimate']:.2f} [{pooled['low']:.2f}, {pooled['high']:.2f}]"
+    assert cells(blocks, "All readers")["d'"][0] == expected_d.replace("-", "−")
     kappa = reader_study.cohen_kappa(ratings[0] >= 4, ratings[1] >= 4)
-    assert cells(part, "Agreement")["reader-1 and reader-2"] == ["24", f"{kappa:.2f}"]
-    json.dumps(part["results"], allow_nan=False)
+    assert cells(blocks, "Agreement")["reader-1 and reader-2"] == ["24", f"{kappa:.2f}".replace("-", "−")]
+    json.dumps(results, allow_nan=False)
 
 
 def test_the_published_study_stands_beside_it(sets, tmp_path):
-    """The seed study's row: 66.5 % and 49.5 % right, 58 %, p .0016, d' .414, c -.219."""
+    """The seed study's row: 66.5 % and 49.5 % right, 58 %, p .002 (.0016), d' .414, c -.219."""
     read_study(tmp_path / "s", sets, 1, 0.5)
-    line = cells(report_readers.build(tmp_path / "s"), "Each reader")["published study, all answers"]
-    assert line == ["133 of 200, 66.5%", "99 of 200, 49.5%", "58.0%", ".0016", "", "0.414", "-0.219", "", ""]
+    line = cells(report_readers.build(tmp_path / "s")[0], "Each reader")["published study, all answers"]
+    assert line == ["133 of 200, 66.5%", "99 of 200, 49.5%", "58.0%", ".002", "", "0.414", "−0.219", "", ""]
 
 
 def test_one_reader_and_the_second_question(sets, tmp_path):
     """One reader: no agreement table, and a verdict for this reader only. The second question has its own table."""
     read_study(tmp_path / "one", sets, 1, 0.5, asks=True)
-    part = report_readers.build(tmp_path / "one")
-    assert not any(caption.startswith("Agreement") for caption, *_ in part["tables"])
-    assert "not for other readers" in part["paragraphs"][0]
-    assert cells(part, "Tiles called malignant")["reader-1"] == ["100%", "100%", "+0%"]
+    blocks, _, _ = report_readers.build(tmp_path / "one")
+    assert not any(block.get("caption", "").startswith("Agreement") for block in blocks)
+    assert "not for other readers" in words(blocks)[0]
+    assert cells(blocks, "Tiles called malignant")["reader-1"] == ["100%", "100%", "+0%"]
 
 
 def test_damaged_lines_and_missing_readers_are_told(sets, tmp_path):
@@ -87,9 +92,9 @@ def test_damaged_lines_and_missing_readers_are_told(sets, tmp_path):
     study_folder.add_readers(tmp_path / "s", study, 3)
     with Journal(study_folder.journal_path(tmp_path / "s", study["readers"][2])) as journal:
         journal.append({"event": "consent"})
-    part = report_readers.build(tmp_path / "s")
-    assert any("line 2: skipped" in line for line in part["paragraphs"])
-    assert "Left out, too few answers: reader-3: 0 real and 0 synthetic tiles answered." in part["paragraphs"]
+    said = words(report_readers.build(tmp_path / "s")[0])
+    assert any("line 2: skipped" in line for line in said)
+    assert "Left out, too few answers: reader-3: 0 real and 0 synthetic tiles answered." in said
     (tmp_path / "s" / "study.json").write_text("{")
     with pytest.raises(ValueError, match="was cut or edited"):
         report_readers.build(tmp_path / "s")
@@ -98,8 +103,8 @@ def test_damaged_lines_and_missing_readers_are_told(sets, tmp_path):
 def test_figure_shows_every_reader_and_the_pool(sets, tmp_path):
     """The picture has a row for each reader and for all, both rates at their values, and no label outside of it."""
     ratings = read_study(tmp_path / "s", sets, 4, 1.0)
-    results = report_readers.build(tmp_path / "s")["results"]
-    chart = report_readers.figure(results)
+    blocks, results, figures = report_readers.build(tmp_path / "s")
+    chart = figures["readers"]
     rates, distance = chart.axes
     assert [label.get_text() for label in rates.get_yticklabels()] == [
         "reader-1", "reader-2", "reader-3", "reader-4", "all readers"]
@@ -111,3 +116,22 @@ def test_figure_shows_every_reader_and_the_pool(sets, tmp_path):
     box = chart.get_tightbbox()
     assert box.width <= chart.get_figwidth() + 0.01
     assert box.height <= chart.get_figheight() + 0.01
+    plots.save(chart, tmp_path / "out" / "figures", "readers")
+    report.write(tmp_path / "out", "Readers", blocks, results)
+    assert "data:image/svg+xml" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_command_reports_a_study(sets, tmp_path, run_script):
+    """evaluate.py --study: the verdict printed, the numbers in results.json, the page and the figure; a folder that is
+    no study is exit code 2 and one line, with nothing written."""
+    read_study(tmp_path / "s", sets, 3, 1.5)
+    done = run_script("evaluate.py", "--study", tmp_path / "s", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["readers"]
+    assert results["verdict"] in done.stdout
+    assert results["verdict"].split("(")[0] in (tmp_path / "out" / "report.html").read_text()
+    assert (tmp_path / "out" / "figures" / "readers.png").stat().st_size > 0
+    bad = run_script("evaluate.py", "--study", sets["real"], "--out", tmp_path / "none")
+    assert (bad.returncode, bad.stderr.count("\n")) == (2, 1)
+    assert "is not a study" in bad.stderr
+    assert not (tmp_path / "none").exists()

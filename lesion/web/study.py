@@ -58,6 +58,9 @@ def main(argv: list[str]) -> None:
     settings = study["settings"]
     print(f"{args.folder}: {settings['count']} real and {settings['count']} synthetic {settings['label']} tiles of "
           f"{settings['resolution']} px, {len(study['readers'])} readers")
+    real = [tile for tile in study["tiles"] if tile["class"] == "real"]
+    if smaller := sum(tile["source_side"] < settings["resolution"] for tile in real):
+        print(f"{smaller} of the real tiles are smaller than that and were enlarged, which readers may notice")
     for line in study.get("skipped", []):
         print(f"unreadable, another tile was taken: {line}")
     readers = [_open_reader(args.folder, study, number) for number in range(len(study["readers"]))]
