@@ -6,7 +6,10 @@
 Image i is drawn from seed SEED + i alone: the same picture at any batch size and device. An interrupted call goes on where it stopped.
 Many GPUs: torchrun --nproc-per-node N generate.py ...
 """
+import argparse
 import json
+import math
+import re
 from pathlib import Path
 
 from lesion import cli, files, runs
@@ -18,9 +21,12 @@ def weighted_file(text: str) -> tuple[Path, float]:
     """FILE or FILE:WEIGHT."""
     path, _, weight = text.rpartition(":")
     try:
-        return (Path(path), float(weight)) if path else (Path(text), 1.0)
+        value = float(weight) if path else 1.0
     except ValueError:
         return Path(text), 1.0
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"weight {weight} of {path}: allowed is a finite number")
+    return Path(path or text), value
 
 
 def parse(argv=None):
@@ -44,7 +50,7 @@ def parse(argv=None):
     group.add_argument("--steps", type=cli.number(int, low=1, high=1000), default=50, help="sampling steps")
     group.add_argument("--guidance-scale", type=cli.number(float, low=0), default=7.5, help="1: no guidance")
     group.add_argument("--eta", type=cli.number(float, low=0, high=1), default=0.0, help="DDIM's share of fresh noise")
-    group.add_argument("--seed", type=cli.number(int, low=0), default=0, help="of the first image; image i has SEED + i")
+    group.add_argument("--seed", type=cli.number(int, low=0, high=2**32 - 1), default=0, help="of the first image; image i has SEED + i")
     group.add_argument("--batch-size", type=cli.number(int, low=1), default=8, help="images at a time")
     group.add_argument("--resolution", type=cli.resolution, help="side in pixels; default: the LoRA's, else 128")
     group.add_argument("--precision", choices=("fp16", "bf16", "fp32"), help="default: fp16 on CUDA, fp32 on the CPU")
@@ -79,9 +85,11 @@ def main(argv=None) -> None:
         layers.set_factors(network, training.of_network(combined, name))
         layers.merge(network)
     base_sha256 = runtime.files_sha256(sd.files)
-    trained = [metadata for *_, metadata in loras if "lesion_resolution" in metadata]
+    trained = [metadata for *_, metadata in loras if {"lesion_resolution", "lesion_label", "lesion_base_sha256"} <= metadata.keys()]
     args.resolution = args.resolution or (int(trained[-1]["lesion_resolution"]) if trained else 128)
     args.label = args.label or (trained[-1]["lesion_label"] if trained else "malignant")
+    if not re.fullmatch(r"\w[\w .-]*", args.label):
+        raise ValueError(f"label {args.label!r} cannot name files: allowed are letters, digits, '_', '-', '.' and spaces; give --label")
     for metadata in trained if rank == 0 else []:
         if int(metadata["lesion_resolution"]) != args.resolution:
             print(f"warning: the LoRA was trained at {metadata['lesion_resolution']} px, drawing at {args.resolution} px: "
@@ -109,6 +117,9 @@ def main(argv=None) -> None:
         open_folder(args.out, {"base": args.base, "base_sha256": base_sha256, "loras": used, "settings": settings})
         print(f"{args.count} tiles of {args.resolution} px into {args.out}; base {args.base}, "
               f"LoRA {', '.join(str(path) for path, *_ in loras) or 'none'}; {device}, {args.precision}", flush=True)
+
+    if world > 1:
+        torch.distributed.barrier()  # nothing is drawn before the folder is known to be ours
 
     def context_of(texts: list[str]) -> torch.Tensor:
         with torch.no_grad():
@@ -156,7 +167,7 @@ def fill_from_newest_run(args) -> None:
             raise ValueError("no finished run in runs/: run train_lora.py first, or give --base (and --lora)")
         args.lora = [(folder / "lora.safetensors", 1.0)] if folder else []
     beside = args.lora[0][0].parent / "args.json" if args.lora else None
-    run = json.loads(beside.read_text()) if beside and beside.is_file() else {}
+    run = files.read_json(beside) if beside and beside.is_file() else {}
     if args.base is None and "base" not in run:
         raise ValueError(f"which base model? {args.lora[0][0]} does not stand in a run folder: give --base")
     args.base = args.base or run["base"]
@@ -173,6 +184,9 @@ def training_rows(args) -> list[dict]:
     rows = [row for row in files.read_manifest(args.prompts_from) if row.get("label") == args.label and row.get("split", "train") == "train"]
     if not rows:
         raise ValueError(f"{args.prompts_from} has no training tile labelled {args.label!r} to take prompts from")
+    without = [row["file_name"] for row in rows if not row.get("text")]
+    if without:
+        raise ValueError(f"{args.prompts_from}: {len(without)} tiles have no text, first {without[0]}; run python -m lesion prepare or label")
     return rows
 
 
@@ -214,12 +228,12 @@ def open_folder(out: Path, provenance: dict) -> None:
     """Write `provenance.json`, or check that the folder's own is the same. ValueError for another call's folder."""
     path = out / "provenance.json"
     if path.is_file():
-        old = json.loads(path.read_text())
+        old = files.read_json(path)
         changed = [key for key in ("base_sha256", "loras", "settings") if old.get(key) != json.loads(json.dumps(provenance[key]))]
         if changed:
             what = [key for key in provenance["settings"] if old["settings"].get(key) != provenance["settings"][key]] if changed == ["settings"] else changed
             raise ValueError(f"{out} holds the images of another call (other {', '.join(what)}): give another --out")
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and any(entry.name[0] != "." for entry in out.iterdir()):
         raise ValueError(f"{out} exists and is not a folder of generate.py: give another --out")
     else:
         files.write_json(path, provenance)

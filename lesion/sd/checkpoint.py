@@ -70,59 +70,65 @@ def _looks_like_hub_id(text: str) -> bool:
 
 
 def _download(hub_id: str, patterns: list[str], otherwise: str = "give a folder or a .safetensors file with --base") -> Path:
-    """Folder of the hub repository's files that match; only what is missing is fetched, half-fetched files are resumed."""
+    """Folder of the hub repository's files that match; only what is missing is fetched, a dropped connection is resumed."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns, local_files_only=True)) if _cached(hub_id, patterns) \
-            else Path(snapshot_download(hub_id, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        return _cached(hub_id, patterns) or Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except Exception as error:  # what the network raises depends on the hub library's version: requests', httpx's ...
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{hub_id} could not be fetched from the hub ({reason}); {otherwise}") from None
 
 
-def _cached(hub_id: str, patterns: list[str]) -> bool:
-    """True if every pattern has a file in the local cache, so that no network is needed."""
+def _cached(hub_id: str, patterns: list[str]) -> Path | None:
+    """The local cache's folder if every pattern has a file in it, so that no network is needed."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=patterns, local_files_only=True))
     except LocalEntryNotFoundError:
-        return False
-    return all(any(folder.glob(pattern)) for pattern in patterns)
+        return None
+    return folder if all(any(folder.glob(pattern)) for pattern in patterns) else None
 
 
 def _from_folder(folder: Path):
     if (folder / "text_encoder_2").exists():
         raise ValueError(f"{folder} is an SDXL checkpoint (it has text_encoder_2): this project works on Stable Diffusion 1.x")
-    configs = {}
     for part in COMPONENTS:
-        try:
-            configs[part] = json.loads((folder / part / "config.json").read_text(encoding="utf8"))
-        except FileNotFoundError:
-            raise ValueError(f"{folder} is not a Stable Diffusion folder: {part}/config.json is missing") from None
-        except ValueError as error:
-            raise ValueError(f"{folder / part / 'config.json'} is not JSON: {error}") from None
+        if not (folder / part / "config.json").is_file():
+            raise ValueError(f"{folder} is not a Stable Diffusion folder: {part}/config.json is missing")
+    unet, vae, text = (_config(folder / part / "config.json") for part in COMPONENTS)
     scheduler = folder / "scheduler" / "scheduler_config.json"
-    prediction = json.loads(scheduler.read_text()).get("prediction_type", "epsilon") if scheduler.is_file() else "epsilon"
-    unet, vae, text = configs["unet"], configs["vae"], configs["text_encoder"]
+    prediction = _config(scheduler).get("prediction_type", "epsilon") if scheduler.is_file() else "epsilon"
     heads = unet.get("num_attention_heads") or unet.get("attention_head_dim", 8)
     if unet.get("cross_attention_dim") == 1024 or unet.get("use_linear_projection") or prediction != "epsilon" \
             or not isinstance(heads, int):
         raise ValueError(f"{folder} is a Stable Diffusion 2 checkpoint or another variant (linear projections, "
                          f"{prediction} prediction or a list of heads): this project works on Stable Diffusion 1.x")
-    unet_config = UNetConfig(tuple(unet["block_out_channels"]), unet.get("layers_per_block", 2), unet["cross_attention_dim"], heads,
-                             unet.get("in_channels", 4), unet.get("out_channels", 4), unet.get("norm_num_groups", 32))
-    vae_config = VAEConfig(tuple(vae["block_out_channels"]), vae.get("layers_per_block", 2), vae.get("latent_channels", 4),
-                           vae.get("norm_num_groups", 32), vae.get("scaling_factor", LATENT_SCALE))
-    text_config = CLIPTextConfig(**{key: text[key] for key in CLIPTextConfig.__dataclass_fields__ if key in text})
-    _check_family(folder, unet_config)
+    try:
+        unet_config = UNetConfig(tuple(unet["block_out_channels"]), unet.get("layers_per_block", 2), unet["cross_attention_dim"], heads,
+                                 unet.get("in_channels", 4), unet.get("out_channels", 4), unet.get("norm_num_groups", 32))
+        vae_config = VAEConfig(tuple(vae["block_out_channels"]), vae.get("layers_per_block", 2), vae.get("latent_channels", 4),
+                               vae.get("norm_num_groups", 32), vae.get("scaling_factor", LATENT_SCALE))
+        text_config = CLIPTextConfig(**{key: text[key] for key in CLIPTextConfig.__dataclass_fields__ if key in text})
+        _check_family(folder, unet_config)
+        with torch.device("meta"):
+            networks = UNet(unet_config), VAE(vae_config), CLIPTextEncoder(text_config)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: a config.json does not describe Stable Diffusion 1.x ({type(error).__name__}: {error})") from None
     files = [_weights_file(folder / part, stem) for part, stem in COMPONENTS.items()]
-    with torch.device("meta"):
-        networks = UNet(unet_config), VAE(vae_config), CLIPTextEncoder(text_config)
     for network, file in zip(networks, files):
         _assign(network, _read(file), file, {})
     return *networks, folder / "tokenizer", files
+
+
+def _config(file: Path) -> dict:
+    try:
+        config = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(config).__name__}")
+    return config
 
 
 def _weights_file(folder: Path, stem: str) -> Path:

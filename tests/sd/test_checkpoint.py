@@ -1,0 +1,377 @@
+"""Checkpoints in every known spelling load to equal weights; everything else is refused in one line that says why."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lesion.sd import checkpoint, names
+from lesion.sd.clip import Tokenizer
+from lesion.sd.vae import LATENT_SCALE
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+VAE = "vae/diffusion_pytorch_model.safetensors"
+TEXT = "text_encoder/model.safetensors"
+ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def load(path, shared):
+    return checkpoint.load(path, tokenizer=shared / "clip_tokenizer")
+
+
+def weights(sd):
+    networks = {"unet": sd.unet, "vae": sd.vae, "text": sd.text_encoder}
+    return {f"{name}.{key}": value for name, network in networks.items() for key, value in network.state_dict().items()}
+
+
+def equal(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_tokenizer():
+    """The networks are what is loaded here; reading the vocabulary each time would cost more than they do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "Tokenizer", lambda folder: folder)
+        yield
+
+
+@pytest.fixture(scope="module")
+def reference(tiny, shared):
+    """The weights as the folder layout gives them."""
+    return weights(load(tiny / "folder", shared))
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    """A copy of the folder layout to spoil: files are links until they are rewritten."""
+    return shutil.copytree(tiny / "folder", tmp_path / "folder", copy_function=lambda a, b: os.link(a, b))
+
+
+@pytest.fixture
+def single(tiny, tmp_path):
+    """(tensors of the single-file layout, a function that writes them and gives the path)."""
+    tensors = load_file(tiny / "single.safetensors")
+
+    def write():
+        save_file(tensors, tmp_path / "model.safetensors")
+        return tmp_path / "model.safetensors"
+
+    return tensors, write
+
+
+def rewrite(file, change):
+    """Load a safetensors file, change its tensors, write it back as a file of its own."""
+    tensors = load_file(file)
+    change(tensors)
+    file.unlink()
+    save_file(tensors, file)
+
+
+def configure(folder, part, **changes):
+    """Change entries of a component's config.json; None removes one."""
+    file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    config = {**json.loads(file.read_text()), **changes}
+    file.unlink()
+    file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def refusal(path, shared):
+    """The message of a load that must fail with a ValueError of one line."""
+    with pytest.raises(ValueError) as error:
+        load(path, shared)
+    message = str(error.value)
+    assert "\n" not in message
+    assert str(path) in message
+    return message
+
+
+# --- layouts ---------------------------------------------------------------------------------------------------------
+
+
+def test_both_layouts_load_to_equal_weights(tiny, shared, reference):
+    """The single file's LDM names map one to one onto the folder's; sizes read from its shapes are the configs'."""
+    sd = load(tiny / "single.safetensors", shared)
+    assert equal(weights(sd), reference)
+    folder = load(tiny / "folder", shared)
+    assert (sd.unet.config, sd.vae.config) == (folder.unet.config, folder.vae.config)
+    assert sd.text_encoder.config == folder.text_encoder.config
+    assert [file.name for file in folder.files] == [UNET.split("/")[1], VAE.split("/")[1], TEXT.split("/")[1]]
+
+
+def test_networks_come_frozen_and_in_eval_mode(tiny, shared):
+    """dtype is the U-Net's and the text encoder's; the VAE stays in float32, whose fp16 activations would overflow."""
+    sd = checkpoint.load(tiny / "folder", dtype=torch.bfloat16)
+    for network, dtype in ((sd.unet, torch.bfloat16), (sd.text_encoder, torch.bfloat16), (sd.vae, torch.float32)):
+        assert not network.training
+        assert {p.dtype for p in network.parameters()} == {dtype}
+        assert not any(p.requires_grad for p in network.parameters())
+        assert {p.device.type for p in network.parameters()} == {"cpu"}
+
+
+def test_fp16_variant(folder, shared, reference):
+    """*.fp16.safetensors are read where there is no full file, and only there."""
+    for file in (UNET, VAE, TEXT):
+        half = {key: value.half() for key, value in load_file(folder / file).items()}
+        save_file(half, folder / file.replace(".safetensors", ".fp16.safetensors"))
+    assert equal(weights(load(folder, shared)), reference)
+    for file in (UNET, VAE, TEXT):
+        (folder / file).unlink()
+    halved = {key: value.half().float() for key, value in reference.items()}
+    assert equal(weights(load(folder, shared)), halved)
+
+
+@pytest.mark.parametrize("axes", [2, 4])
+def test_old_vae_attention_names(folder, shared, reference, axes):
+    """query, key, value, proj_attn of older diffusers, as matrices or as 1x1 convolutions."""
+
+    def change(tensors):
+        for key in [key for key in tensors if ".mid_block.attentions.0." in key]:
+            old, value = key, tensors.pop(key)
+            for ours, theirs in ATTENTION.items():
+                old = old.replace(f".{ours}.", f".{theirs}.")
+            tensors[old] = value[:, :, None, None].contiguous() if axes == 4 and value.ndim == 2 else value
+        assert sum(".proj_attn." in key for key in tensors) == 4
+
+    rewrite(folder / VAE, change)
+    assert equal(weights(load(folder, shared)), reference)
+
+
+def test_vae_attention_as_matrices_in_a_single_file(single, shared, reference):
+    """Converters write the VAE's attention 2-D too."""
+    tensors, write = single
+    for key, value in tensors.items():
+        if ".mid.attn_1." in key and value.ndim == 4:
+            tensors[key] = value[:, :, 0, 0].contiguous()
+    assert equal(weights(load(write(), shared)), reference)
+
+
+def test_single_file_without_the_text_model_level(single, shared, reference):
+    """cond_stage_model.transformer.embeddings... as well as ...transformer.text_model.embeddings..."""
+    tensors, write = single
+    for key in [key for key in tensors if ".text_model." in key]:
+        tensors[key.replace(".text_model.", ".")] = tensors.pop(key)
+    assert equal(weights(load(write(), shared)), reference)
+
+
+def test_what_is_no_weight_is_passed_over(single, folder, shared, reference):
+    """position_ids, EMA copies and schedule buffers are in many files, a text encoder's position_ids in old folders."""
+    tensors, write = single
+    buffers = """sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod posterior_variance logvar
+        posterior_log_variance_clipped posterior_mean_coef1 log_one_minus_alphas_cumprod alphas_cumprod_prev
+        model_ema.num_updates model_ema.diffusion_modelinput_blocks00weight"""
+    for name in buffers.split():
+        tensors[name] = torch.ones(3)
+    assert "model_ema.decay" in tensors
+    assert any(key.endswith("position_ids") for key in tensors)
+    assert equal(weights(load(write(), shared)), reference)
+    rewrite(folder / TEXT, lambda t: t.update({"text_model.embeddings.position_ids": torch.arange(77)[None]}))
+    assert equal(weights(load(folder, shared)), reference)
+
+
+def test_scaling_factor(tiny, folder, shared):
+    """From the folder's vae/config.json, 0.18215 where it does not say; a single file cannot."""
+    configure(folder, "vae", scaling_factor=0.5)
+    assert load(folder, shared).latent_scale == 0.5
+    configure(folder, "vae", scaling_factor=None)
+    assert load(folder, shared).latent_scale == LATENT_SCALE == 0.18215
+    assert load(tiny / "single.safetensors", shared).latent_scale == 0.18215
+
+
+def test_tokenizer(folder, shared, monkeypatch):
+    """The folder's own by default, another one if given; an incomplete one is named with the flag that helps."""
+    monkeypatch.setattr(checkpoint, "Tokenizer", Tokenizer)
+    assert checkpoint.load(folder).tokenizer.folder == folder / "tokenizer"
+    assert checkpoint.load(folder, tokenizer=shared / "clip_tokenizer").tokenizer.folder == shared / "clip_tokenizer"
+    (folder / "tokenizer" / "merges.txt").unlink()
+    with pytest.raises(ValueError, match="has no merges.txt; give --tokenizer DIR"):
+        checkpoint.load(folder)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's list of mapped files")
+def test_no_initialisation_and_no_second_copy(tiny, shared, monkeypatch):
+    """No random initialisation is run, and every parameter lies where the file is mapped into memory."""
+
+    def refuse(*_, **__):
+        raise AssertionError("a random initialisation")
+
+    for name in ("kaiming_uniform_", "uniform_", "normal_", "_no_grad_uniform_", "_no_grad_normal_"):
+        monkeypatch.setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor if tensor.is_meta else refuse())
+    for path in (tiny / "folder", tiny / "single.safetensors"):
+        sd = load(path, shared)
+        parts = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line]
+        mapped = [tuple(int(end, 16) for end in part[0].split("-")) for part in parts]
+        parameters = [*sd.unet.parameters(), *sd.vae.parameters(), *sd.text_encoder.parameters()]
+        assert all(any(low <= p.data_ptr() < high for low, high in mapped) for p in parameters)
+
+
+# --- damaged ---------------------------------------------------------------------------------------------------------
+
+
+def test_not_found(tmp_path, shared):
+    """A path that leads nowhere says what a base can be."""
+    message = refusal(tmp_path / "none", shared)
+    assert "not found: give a folder, a .safetensors file or a hub id (owner/name)" in message
+    with pytest.raises(ValueError, match="base model sd15 not found"):
+        checkpoint.load("sd15")
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".bin", ".pt", ".pth"])
+def test_pickles_are_refused_unopened(tmp_path, folder, shared, suffix):
+    """A pickle can run code: the file is not read, and the conversion is named."""
+    file = tmp_path / f"model{suffix}"
+    file.write_bytes(b"\x80\x04cos\nsystem\n")
+    assert "is a pickle" in refusal(file, shared)
+    assert "safetensors.torch.save_file" in refusal(file, shared)
+    (folder / UNET).unlink()
+    (folder / UNET).with_suffix(suffix).write_bytes(b"\x80\x04")
+    with pytest.raises(ValueError, match=rf"diffusion_pytorch_model{re.escape(suffix)} is a pickle"):
+        load(folder, shared)
+
+
+def test_another_kind_of_file(tmp_path, shared):
+    """Neither a folder nor a checkpoint's suffix."""
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert "neither a folder nor a .safetensors file" in refusal(tmp_path / "model.gguf", shared)
+
+
+@pytest.mark.parametrize("length", [0, 7, 100, 500_000, -1])
+def test_truncated(tiny, tmp_path, shared, length):
+    """Cut in the header, in the tensors, or by one byte."""
+    data = (tiny / "single.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(data[:length])
+    assert "is damaged or not a safetensors file" in refusal(tmp_path / "cut.safetensors", shared)
+
+
+def test_truncated_in_a_folder(folder, shared):
+    """The component's file is named."""
+    data = (folder / VAE).read_bytes()
+    (folder / VAE).unlink()
+    (folder / VAE).write_bytes(data[: len(data) // 2])
+    assert f"{folder / VAE} is damaged" in refusal(folder, shared)
+
+
+def test_missing_tensors_are_listed(folder, single, shared):
+    """Up to eight by name, the rest by number, in the file's own spelling."""
+
+    def change(tensors):
+        for key in [key for key in tensors if key.startswith("mid_block.resnets.0.")][:9] + ["conv_in.bias"]:
+            del tensors[key]
+
+    rewrite(folder / UNET, change)
+    message = refusal(folder, shared)
+    assert f"{folder / UNET}: 10 missing tensors: conv_in.bias, mid_block.resnets.0." in message
+    assert message.endswith(" and 2 more")
+    tensors, write = single
+    del tensors["first_stage_model.quant_conv.bias"]
+    assert "1 missing tensors: first_stage_model.quant_conv.bias" in refusal(write(), shared)
+
+
+def test_unknown_tensors_are_refused(folder, single, shared):
+    """Nothing is left out silently: an extra tensor is named."""
+    rewrite(folder / TEXT, lambda tensors: tensors.update({"text_model.adapter.weight": torch.ones(2)}))
+    assert "1 unknown tensors: text_model.adapter.weight" in refusal(folder, shared)
+    tensors, write = single
+    tensors["control_model.zero_convs.0.weight"] = torch.ones(2)
+    assert "1 unknown tensors, first control_model.zero_convs.0.weight" in refusal(write(), shared)
+
+
+def test_wrong_shapes_are_named(folder, shared):
+    """Name, shape and the expected one; integers in place of weights too."""
+
+    def change(tensors):
+        tensors["conv_in.weight"] = torch.zeros(32, 4, 1, 1)
+        tensors["conv_in.bias"] = torch.zeros(32, dtype=torch.int64)
+
+    rewrite(folder / UNET, change)
+    message = refusal(folder, shared)
+    assert "2 wrong tensors" in message
+    assert "conv_in.weight is torch.float32 [32, 4, 1, 1], expected [32, 4, 3, 3]" in message
+    assert "conv_in.bias is torch.int64 [32], expected [32]" in message
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_incomplete_folders(folder, shared, part):
+    """Without a component's weights, then without its config, then with a config that is not one."""
+    weight_file = next((folder / part).glob("*.safetensors"))
+    data = weight_file.read_bytes()
+    weight_file.unlink()
+    assert f"{folder / part} has no {weight_file.name}" in refusal(folder, shared)
+    weight_file.write_bytes(data)
+    config = folder / part / "config.json"
+    for text, says in (("{", "is not JSON"), ("[]", "expected a JSON object")):
+        config.unlink()
+        config.write_text(text)
+        assert f"{config}" in refusal(folder, shared)
+        assert says in refusal(folder, shared)
+    config.unlink()
+    assert f"not a Stable Diffusion folder: {part}/config.json is missing" in refusal(folder, shared)
+
+
+@pytest.mark.parametrize(
+    ("part", "key"), [("unet", "block_out_channels"), ("unet", "cross_attention_dim"), ("vae", "block_out_channels")]
+)
+def test_a_config_without_its_sizes(folder, shared, part, key):
+    """A config.json of something else is not a traceback."""
+    configure(folder, part, **{key: None})
+    assert "does not describe Stable Diffusion 1.x" in refusal(folder, shared)
+
+
+# --- other families --------------------------------------------------------------------------------------------------
+
+
+def test_sdxl_is_named(single, folder, shared):
+    """Both layouts of SDXL."""
+    tensors, write = single
+    tensors["conditioner.embedders.0.transformer.text_model.final_layer_norm.bias"] = torch.ones(2)
+    assert "is an SDXL checkpoint" in refusal(write(), shared)
+    (folder / "text_encoder_2").mkdir()
+    assert "is an SDXL checkpoint" in refusal(folder, shared)
+
+
+@pytest.mark.parametrize(("part", "changes"), [
+    ("unet", {"cross_attention_dim": 1024}), ("unet", {"use_linear_projection": True}),
+    ("unet", {"attention_head_dim": [5, 10, 20, 20]}), ("scheduler", {"prediction_type": "v_prediction"})])  # fmt: skip
+def test_sd2_folder_is_named(folder, shared, part, changes):
+    """Each mark of Stable Diffusion 2 by itself; a v-prediction model of the 1.x shape would load and draw noise."""
+    configure(folder, part, **changes)
+    assert "is a Stable Diffusion 2 checkpoint or another variant" in refusal(folder, shared)
+
+
+def test_sd2_single_file_is_named(single, shared):
+    """OpenCLIP's names give it away."""
+    tensors, write = single
+    for key in [key for key in tensors if key.startswith(names.TEXT)]:
+        tensors[key.replace(names.TEXT + "text_model.", "cond_stage_model.model.")] = tensors.pop(key)
+    assert "is a Stable Diffusion 2 checkpoint" in refusal(write(), shared)
+
+
+def test_inpainting_is_named(single, folder, shared):
+    """Nine input channels, in both layouts."""
+    tensors, write = single
+    tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(32, 9, 3, 3)
+    assert "the U-Net takes 9 channels (an inpainting model?)" in refusal(write(), shared)
+    configure(folder, "unet", in_channels=9)
+    assert "the U-Net takes 9 channels (an inpainting model?)" in refusal(folder, shared)
+
+
+def test_something_else_is_named(tmp_path, shared):
+    """A LoRA given as the base, and a checkpoint without its VAE."""
+    save_file({"lora_unet_mid.lora_up.weight": torch.ones(2)}, tmp_path / "lora.safetensors")
+    assert "is not a Stable Diffusion 1.x checkpoint" in refusal(tmp_path / "lora.safetensors", shared)
+
+
+def test_without_a_vae(single, shared):
+    """A "no VAE" or pruned file names the first tensor that lacks."""
+    tensors, write = single
+    for key in [key for key in tensors if key.startswith(names.VAE)]:
+        del tensors[key]
+    assert "tensor first_stage_model.encoder.down.0.block.0.conv2.weight is missing" in refusal(write(), shared)
