@@ -2,13 +2,12 @@
 
 Proven by tests/test_pictures.py.
 """
-import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from lesion.files import atomic_path
+from lesion.files import atomic_path, read_jsonl
 
 GAP, LINE = 6, 15
 PAPER, INK = (255, 255, 255), (60, 60, 60)
@@ -79,7 +78,7 @@ def loss_curve(metrics: Path, path: Path) -> None:
     """Training loss (each step and its running mean), by timestep quartile, and validation loss, from a run's metrics.jsonl."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    rows = [json.loads(line) for line in Path(metrics).read_text().splitlines()]
+    rows = read_jsonl(metrics)
     train = [row for row in rows if "loss" in row]
     checks = [row for row in rows if "val_loss" in row]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
