@@ -183,9 +183,9 @@ def origin_of(name: str) -> tuple[str, str | None]:
 # --- layouts ---------------------------------------------------------------------------------------------------------
 
 def is_tile(name: str) -> bool:
-    """Whether a path inside an archive or folder is a tile (macOS leaves ._ twins and __MACOSX behind)."""
+    """Whether a path inside an archive or folder is a tile (macOS leaves ._ twins behind)."""
     base = name.rpartition("/")[2]
-    return os.path.splitext(base)[1].lower() in SUFFIXES and not base.startswith(".") and "__MACOSX" not in name
+    return os.path.splitext(base)[1].lower() in SUFFIXES and not base.startswith(".")
 
 
 def zip_members(archive: zipfile.ZipFile, name: str) -> dict[str, zipfile.ZipInfo]:
@@ -202,7 +202,7 @@ def zip_members(archive: zipfile.ZipFile, name: str) -> dict[str, zipfile.ZipInf
 
 def is_table(name: str) -> bool:
     """Whether a path inside an archive is metadata.csv or a Supplement."""
-    return re.search(r"(^|/)(metadata|[^/]*Supplement[^/]*)\.csv$", name) is not None and "__MACOSX" not in name
+    return re.search(r"(^|/)(metadata|[^/.][^/]*Supplement[^/]*)\.csv$", name) is not None
 
 
 def zip_tables(archive: zipfile.ZipFile) -> list[Table]:
@@ -262,7 +262,7 @@ def _folder(folder: Path) -> Source:
     """Loose tiles, however nested; labels and split by folder names where these say so, captions from sidecars."""
     where, labels, given = {}, {}, {}
     for place, folders, names in os.walk(folder):
-        folders[:] = sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
         inner = Path(place).relative_to(folder).parts
         label = next((m.group(1).lower() for part in reversed(inner) if (m := CLASS_FOLDER.match(part))), None)
         split = next((SPLITS[part.lower()] for part in inner if label and part.lower() in SPLITS), None)

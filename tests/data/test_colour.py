@@ -131,10 +131,14 @@ def test_skin_locus_keeps_place_along_the_line_and_luminance():
 
 
 def test_inflamed_skin_stays_red():
-    """Far off the line the cast is capped: skin twice as red as any light makes it stays redder than its neighbours."""
-    tile = lit(skin_tile("c69a7e"), (1.3, 0.7, 0.9))
-    excess = colour.chromaticity(colour.skin_light(colour.normalise(tile, "skin-locus", REFERENCE))) - REFERENCE["mean"]
-    assert excess[0] > 0.1
+    """Far off the line the correction is capped: of a distance of 0.5, CAST_LIMIT is taken off and the rest stays."""
+    tile = lit(skin_tile("c69a7e"), (1.25, 0.75, 1.05))
+    distances = []
+    for image in (tile, colour.normalise(tile, "skin-locus", REFERENCE)):
+        excess = colour.chromaticity(colour.skin_light(image)) - REFERENCE["mean"]
+        distances.append(abs(excess @ (-REFERENCE["direction"][1], REFERENCE["direction"][0])))
+    assert distances[0] > 0.4
+    assert distances[1] == pytest.approx(distances[0] - colour.CAST_LIMIT, abs=0.03)
 
 
 def test_the_reference_is_the_first_principal_axis():

@@ -2,6 +2,7 @@
 import zipfile
 
 import layouts
+import numpy as np
 import pytest
 import requests
 from layouts import IDS, LABELS, PATIENTS, TILES
@@ -110,8 +111,11 @@ def test_leftovers_of_macos_are_no_tiles(tmp_path):
     """__MACOSX/._ISIC_....jpg twins are passed over."""
     path = layouts.official_zip(tmp_path)
     with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr(f"__MACOSX/ISIC_2024_Permissive_Training_Input/._{IDS[0]}.jpg", b"\0\5\x16\7")
-    assert len(isic.open_source(path).where) == len(IDS)
+        for name in (f"{IDS[0]}.jpg", "metadata.csv", "ISIC_2024_Permissive_Training_Supplement.csv"):
+            archive.writestr(f"__MACOSX/ISIC_2024_Permissive_Training_Input/._{name}", b"\0\5\x16\7")
+    source = isic.open_source(path)
+    assert len(source.where) == len(IDS)
+    assert [table.name for table in source.tables] == ["ISIC_2024_Permissive_Training_GroundTruth.csv"]
 
 
 def edit(path, old, new):
@@ -203,6 +207,17 @@ def test_a_url_that_drops_connections_gives_every_byte(tmp_path, quick):
         assert server.dropped > 5
     assert essence(tmp_path / "far") == essence(tmp_path / "local")
     assert (tmp_path / "far" / files.MANIFEST).read_bytes() == (tmp_path / "local" / files.MANIFEST).read_bytes()
+
+
+def test_a_broken_range_goes_on_where_it_broke(tmp_path, quick):
+    """A range of 300,000 bytes, broken three times, comes back whole and is not fetched from its start again."""
+    data = np.random.default_rng(0).bytes(400_000)
+    (tmp_path / "x.bin").write_bytes(data)
+    with layouts.serve(tmp_path, drop=1.0) as server:
+        far = remote.Remote(f"{server.url}/x.bin")
+        assert far.read(50_000, 349_999) == data[50_000:350_000]
+        assert server.dropped >= 3
+        assert server.sent < 320_000
 
 
 def test_a_url_costs_the_directory_and_the_sample_only(tmp_path):

@@ -384,6 +384,7 @@ def test_four_hundred_thousand_tiles(tmp_path):
     command = [sys.executable, "-c", code, "--source", tmp_path, "--out", tmp_path / "out", "--prompts", "fixed"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     seconds, peak = map(float, done.stdout.rpartition("USED")[2].split())
-    print(done.stdout, f"{seconds:.1f} s of CPU, {time.monotonic() - start:.1f} s in all, peak {peak * 1024 / 1e9:.2f} GB")
+    print(done.stdout, f"{seconds:.1f} s of CPU, {time.monotonic() - start:.1f} s in all, "
+          f"peak {peak * 1024 / 1e9:.2f} GB")
     assert seconds < 120
     assert peak * 1024 < 1.5e9
