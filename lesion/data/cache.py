@@ -51,7 +51,7 @@ def encode(vae: VAE, images_u8: np.ndarray, pairs: np.ndarray, folder: Path, dev
         try:
             saved, _ = runtime.load_state(path)
             mean, logvar = saved["mean"], saved["logvar"]
-        except ValueError:
+        except (ValueError, KeyError):
             path.unlink()  # a damaged cache is only a cache
     have = ~mean[:, :, 0, 0, 0].isnan().numpy()
     todo = sorted({(int(i), int(v)) for i, v in pairs if not have[i, v]})
