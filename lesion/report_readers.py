@@ -50,11 +50,12 @@ def build(folder: Path) -> tuple[list[dict], dict, dict]:
 
 def _interval(row: dict, name: str, digits: int = 2) -> str:
     """"0.41 [0.16, 0.66]" of figure `name` in a reader's row; of a pooled figure: report.interval."""
-    return report.interval({"mean": row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"]}, digits=digits)
+    row = {"mean": row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"]}
+    return report.interval(row, digits=digits).replace(", ", ",\u00a0")  # kept on one line in a narrow column
 
 
 def _share(middle: float, low: float, high: float) -> str:
-    return f"{middle:.0%} [{max(low, 0):.0%}, {min(high, 1):.0%}]"
+    return f"{middle:.0%} [{max(low, 0):.0%},\u00a0{min(high, 1):.0%}]"
 
 
 def _readers(results: dict) -> dict:

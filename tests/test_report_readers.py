@@ -57,7 +57,7 @@ def test_section_says_what_the_statistics_say(sets, tmp_path):
         assert line[0].startswith(f"{(ratings[number, :12] >= 4).sum()} of 12, ")
         assert line[1].startswith(f"{(ratings[number, 12:] < 4).sum()} of 12, ")
         expected_d = f"{row['d_prime']:.2f} [{row['d_prime_low']:.2f}, {row['d_prime_high']:.2f}]"
-        assert line[5] == expected_d.replace("-", "−")
+        assert line[5].replace("\u00a0", " ") == expected_d.replace("-", "−")
         assert line[8] == "4.0"
     pooled = expected["pooled"]["d_prime"]
     expected_d = f"{pooled['estimate']:.2f} [{pooled['low']:.2f}, {pooled['high']:.2f}]"
