@@ -6,6 +6,7 @@ else a wavelet scattering of the tile, which was never trained: cascades of wave
 Mallat, arXiv:1203.1513) over three rings around the lesion, with colour means. Proven by
 tests/metrics/test_features.py.
 """
+import contextlib
 import hashlib
 import zipfile
 from collections.abc import Callable
@@ -172,8 +173,8 @@ def cached(extractor: Extractor, images_u8: np.ndarray, folder: Path | None = No
     if path.is_file():
         return load(path, images, extractor)
     features = _checked(extractor, images_u8)
-    with files.atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, features=features, images=images, extractor=extractor.sha256)
+    with contextlib.suppress(OSError), files.atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, features=features, images=images, extractor=extractor.sha256)  # a read-only folder: not kept
     return features
 
 

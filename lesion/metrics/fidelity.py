@@ -99,6 +99,17 @@ def fid(real: np.ndarray, synthetic: np.ndarray) -> float:
     return float(max(0.0, moved + (roots[0] ** 2).sum() + (roots[1] ** 2).sum() - 2 * shared))
 
 
+def at_n(statistic: Callable[[np.ndarray, np.ndarray], float], real: np.ndarray, synthetic: np.ndarray, n: int,
+         repeats: int = 10, seed: int = 0) -> float:
+    """Mean of `statistic` between random samples of n of the real [N,D] and n of the synthetic tiles [M,D]."""
+    if not 3 <= n <= min(len(real), len(synthetic)):
+        raise ValueError(f"samples of {n} from {len(real)} and {len(synthetic)} tiles: n must be 3 .. "
+                         f"{min(len(real), len(synthetic))}")
+    rng = np.random.default_rng(seed)
+    return float(np.mean([statistic(real[rng.permutation(len(real))[:n]],
+                                    synthetic[rng.permutation(len(synthetic))[:n]]) for _ in range(repeats)]))
+
+
 def real_vs_real(statistic: Callable[[np.ndarray, np.ndarray], float], real: np.ndarray, n: int, repeats: int = 10,
                  seed: int = 0) -> tuple[float, float]:
     """Mean and standard deviation of `statistic` between two disjoint random samples of n real tiles each, `repeats`

@@ -21,7 +21,6 @@ SIDE = 16          # pixels across at which tiles are compared, 0.94 mm each: no
 NEIGHBOUR = 5      # up to 4 near-duplicates of one training tile do not hide its copy
 FALSE_ALARMS = 0.01
 BLOCK = 512        # queries compared at once: [BLOCK, N] distances in float32
-NAMES = ("pixels", "features")
 
 
 def views(images: np.ndarray) -> list[np.ndarray]:
@@ -189,8 +188,9 @@ def cells(training: np.ndarray, *others: np.ndarray, count: int = 10, seed: int 
 # -------------------------------------------------------------------------------- a set without its copies
 
 def drop_copies(folder: Path, names: Iterable[str], out: Path) -> int:
-    """Make `out`, the synthetic folder without the tiles named (`file_name`): their rows of the manifest go, the other
-    pictures are hard-linked (copied where links are impossible). Returns how many are left.
+    """Make `out`, the synthetic folder without the tiles named (`file_name`): their rows of the manifest go and are
+    listed in `dropped.json`, the other pictures are hard-linked (copied where links are impossible). Returns how many
+    are left.
 
     ValueError if `out` exists and is not empty, a name is not in the manifest, or nothing would be left.
     """
@@ -211,5 +211,8 @@ def drop_copies(folder: Path, names: Iterable[str], out: Path) -> int:
             os.link(folder / row["file_name"], target)
         except OSError:
             shutil.copyfile(folder / row["file_name"], target)
+    if (folder / "provenance.json").is_file():  # which tiles the generator saw: classify.py asks for it
+        shutil.copyfile(folder / "provenance.json", out / "provenance.json")
+    files.write_json(out / "dropped.json", {"from": str(folder), "copies": sorted(names)})
     files.write_manifest(out, kept)
     return len(kept)

@@ -110,8 +110,11 @@ def test_fid_floor_falls_with_n_and_repeats_with_its_seed():
     small, large = (fidelity.real_vs_real(fidelity.fid, real, n) for n in (50, 400))
     assert small[0] > 4 * large[0] > 10
     assert small == fidelity.real_vs_real(fidelity.fid, real, 50)
+    assert fidelity.at_n(fidelity.fid, real[:400], real[400:], 50) == pytest.approx(small[0], rel=0.1)
     with pytest.raises(ValueError, match="n must be"):
         fidelity.real_vs_real(fidelity.fid, real, 401)
+    with pytest.raises(ValueError, match="n must be"):
+        fidelity.at_n(fidelity.fid, real[:40], real, 41)
 
 
 def test_density_and_coverage_by_the_papers_definitions(monkeypatch):

@@ -227,6 +227,7 @@ def test_drop_copies_leaves_a_set_without_them(tmp_path):
     assert files.read_manifest(tmp_path / "new") == [rows[0], rows[2]]
     assert sorted(p.name for p in (tmp_path / "new").glob("*.png")) == ["0.png", "2.png"]
     assert (tmp_path / "new" / "2.png").read_bytes() == b"tile2.png"
+    assert files.read_json(tmp_path / "new" / "dropped.json")["copies"] == ["1.png", "3.png"]
     assert files.read_manifest(tmp_path / "old") == rows
     for names, said in (([], "not empty"), (["9.png"], "no tile"), ([r["file_name"] for r in rows], "nothing would")):
         with pytest.raises(ValueError, match=said):
