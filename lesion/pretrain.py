@@ -202,8 +202,8 @@ def check_vae(vae, ema: dict, images_u8, picture: Path) -> dict:
 
     import numpy as np
     import torch
-    from PIL import Image
 
+    from lesion import pictures
     from lesion.sd.vae import to_images_u8, to_pixels
     averaged = copy.deepcopy(vae).eval()
     averaged.load_state_dict(ema)
@@ -211,9 +211,7 @@ def check_vae(vae, ema: dict, images_u8, picture: Path) -> dict:
         latents = [averaged.encode(to_pixels(batch)) for batch in np.array_split(images_u8[:64], 8)]
         rebuilt = np.concatenate([to_images_u8(averaged.decode(mean)) for mean, _ in latents])
     mean = torch.cat([mean for mean, _ in latents])
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    pairs = [np.concatenate([images_u8[i], rebuilt[i]]) for i in range(16)]
-    Image.fromarray(np.concatenate([np.concatenate(pairs[:8], 1), np.concatenate(pairs[8:], 1)])).save(picture)
+    pictures.save_png(picture, pictures.contact_sheet(np.concatenate([np.concatenate([images_u8[i:i + 8], rebuilt[i:i + 8]]) for i in (0, 8)])))
     return {"psnr": psnr(images_u8[:64], rebuilt), "high_frequency": high_frequency_ratio(images_u8[:64], rebuilt),
             **{f"latent_std_{c}": mean[:, c].std().item() for c in range(4)},
             "posterior_std": torch.cat([(0.5 * logvar).exp() for _, logvar in latents]).mean().item()}

@@ -117,7 +117,7 @@ def _from_folder(folder: Path):
         raise ValueError(f"{folder}: a config.json does not describe Stable Diffusion 1.x ({type(error).__name__}: {error})") from None
     files = [_weights_file(folder / part, stem) for part, stem in COMPONENTS.items()]
     for network, file in zip(networks, files):
-        _assign(network, _read(file), file, {})
+        assign(network, read_tensors(file), file, {})
     return *networks, folder / "tokenizer", files
 
 
@@ -145,7 +145,7 @@ def _from_single_file(file: Path):
     if file.suffix != ".safetensors":
         raise ValueError(f"{file} {CONVERT}" if file.suffix in (".ckpt", ".bin", ".pt", ".pth") else
                          f"{file} is neither a folder nor a .safetensors file")
-    state = _read(file)
+    state = read_tensors(file)
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
     if any(key.startswith("conditioner.embedders.") for key in state):
         raise ValueError(f"{file} is an SDXL checkpoint: this project works on Stable Diffusion 1.x")
@@ -168,7 +168,7 @@ def _from_single_file(file: Path):
     if unknown:
         raise ValueError(f"{file}: {len(unknown)} unknown tensors, first {unknown[0]}")
     for network, one in zip(networks, maps):
-        _assign(network, {theirs: state[theirs] for theirs in one.values() if theirs in state}, file, one)
+        assign(network, {theirs: state[theirs] for theirs in one.values() if theirs in state}, file, one)
     return *networks, None, [file]
 
 
@@ -179,7 +179,7 @@ def _check_family(source: Path, config: UNetConfig) -> None:
         raise ValueError(f"{source}: the U-Net has {len(config.block_out_channels)} levels; Stable Diffusion 1.x has 4")
 
 
-def _read(file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file, memory-mapped."""
     try:
         with safe_open(file, framework="pt") as tensors:
@@ -188,7 +188,7 @@ def _read(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} is damaged or not a safetensors file ({error})") from None
 
 
-def _assign(network: nn.Module, state: dict[str, Tensor], file: Path, theirs: Mapping[str, str]) -> None:
+def assign(network: nn.Module, state: dict[str, Tensor], file: Path, theirs: Mapping[str, str]) -> None:
     """Give every parameter of the meta-device `network` its tensor; `theirs` maps our names to the file's where they differ."""
     result, missing, wrong = {}, [], []
     for key, parameter in network.state_dict().items():
