@@ -30,8 +30,6 @@ def parse(argv: list[str] | None = None):
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    from sklearn.metrics import roc_auc_score
-
     from lesion.data import colour
     rows = sample(files.read_manifest(args.data), args.benign, args.seed)
     malignant = np.array([row["label"] == "malignant" for row in rows])
@@ -53,9 +51,8 @@ def main(argv: list[str] | None = None) -> None:
         same = (np.digitize(raw_ita, GROUPS) == np.digitize(ita, GROUPS)).mean()
         line = f"{name:16}{rank_correlation(raw_ita, ita):8.3f}{same:12.0%}"
         for mine, none, truth in ((folds, base[0], malignant[~held_out]), (val, base[1], malignant[held_out])):
-            low, high = difference_interval(mine, none, truth, args.seed)
-            gain = roc_auc_score(truth, mine) - roc_auc_score(truth, none)
-            line += f"{roc_auc_score(truth, mine):14.3f}{f'{gain:+.3f} [{low:+.3f}, {high:+.3f}]':>25}"
+            gain, low, high = difference(mine, none, truth, args.seed)
+            line += f"{wins(mine, truth).mean():14.3f}{f'{gain:+.3f} [{low:+.3f}, {high:+.3f}]':>25}"
         print(line, flush=True)
 
 
@@ -131,15 +128,20 @@ def scores(x: np.ndarray, malignant: np.ndarray, held_out: np.ndarray, repeats: 
     return np.mean(folds, axis=0), model.fit(train, y).decision_function(x[held_out])
 
 
-def difference_interval(mine: np.ndarray, other: np.ndarray, truth: np.ndarray, seed: int) -> tuple[float, float]:
-    """Paired 95 % percentile interval of the AUROC difference, tiles resampled within each class."""
-    from sklearn.metrics import roc_auc_score
-    rng, gains = np.random.default_rng(seed), []
-    classes = [np.flatnonzero(truth), np.flatnonzero(~truth)]
+def wins(score: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """[malignant, benign]: 1 where the malignant tile scores higher, 1/2 at a tie. Its mean is the AUROC."""
+    above, below = score[truth][:, None], score[~truth][None, :]
+    return (above > below) + 0.5 * (above == below)
+
+
+def difference(mine: np.ndarray, other: np.ndarray, truth: np.ndarray, seed: int) -> tuple[float, float, float]:
+    """AUROC of `mine` less that of `other`, and its paired 95 % bootstrap interval, resampled within each class."""
+    gain, rng = wins(mine, truth) - wins(other, truth), np.random.default_rng(seed)
+    draws = []
     for _ in range(BOOTSTRAP):
-        pick = np.concatenate([rng.choice(c, len(c)) for c in classes])
-        gains.append(roc_auc_score(truth[pick], mine[pick]) - roc_auc_score(truth[pick], other[pick]))
-    return tuple(np.percentile(gains, [2.5, 97.5]))
+        rows, columns = (np.bincount(rng.integers(0, n, n), minlength=n) / n for n in gain.shape)
+        draws.append(rows @ gain @ columns)
+    return gain.mean(), *np.percentile(draws, [2.5, 97.5])
 
 
 if __name__ == "__main__":

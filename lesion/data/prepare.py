@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import zlib
+from importlib.metadata import version
 from pathlib import Path
 
 from lesion import __version__, cli, files
@@ -18,6 +19,7 @@ FORMAT = 1
 OWN_FILES = {"images", files.MANIFEST, "dataset.json", ".cache"}
 BENIGN = {"train": 8000, "val": 1000, "test": 2000}
 COLOR_NORMS = "none, grey-world, shades-of-gray, max-rgb, skin-locus"
+MEASURED_BY = ("numpy", "pillow", "scikit-image", "scipy")
 REFERENCE_TILES = 1000  # training tiles that define skin-locus's line
 OWN_PLACE = ("malignant", "target", "label", "patient_id", "lesion_id")  # columns that a row has a place of its own for
 
@@ -155,7 +157,14 @@ def build(source, details: dict[str, dict], parts: dict[str, str], args, staging
             "seed": args.seed, "prompts": args.prompts, "counts": _counts(rows),
             "overlap": split.overlap(readable, source.patients, source.lesions, prints),
             "license": sorted({row["license"] or "unknown" for row in rows}), "unreadable": problems,
-            "not_square": shapes, "notes": source.notes, "versions": {"lesion": __version__}}
+            "not_square": shapes, "notes": source.notes, "arguments": _arguments(args),
+            "versions": {"lesion": __version__, **{name: version(name) for name in MEASURED_BY}}}
+
+
+def _arguments(args) -> dict:
+    """The flags that decide what is in the folder, as text."""
+    return {name: str(value) for name, value in sorted(vars(args).items())
+            if value is not None and name not in ("out", "overwrite", "workers")}
 
 
 def fetch(source, ids: list[str], staging: Path) -> tuple[dict, list[str], list[str]]:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 from skimage.color import rgb2lab
+from sklearn.metrics import roc_auc_score
 
 from lesion.data import colour, colour_choice, tiles
 
@@ -168,7 +169,19 @@ def test_skin_tone_order_on_real_tiles(shared):
 
 # --- the measurement -------------------------------------------------------------------------------------------------
 
-def test_the_comparison_prints_a_row_a_normalisation(tmp_path, capsys, monkeypatch):
+def test_the_auroc_and_its_difference():
+    """AUROC by wins equals scikit-learn's, ties included; a score differs from itself by nothing, a better one does."""
+    rng = np.random.default_rng(0)
+    truth = rng.random(300) < 0.3
+    weak, strong = truth + rng.normal(0, 2, 300).round(1), truth + rng.normal(0, 0.5, 300)
+    assert colour_choice.wins(weak, truth).mean() == pytest.approx(roc_auc_score(truth, weak), abs=1e-12)
+    assert colour_choice.difference(weak, weak, truth, 0) == (0, 0, 0)
+    gain, low, high = colour_choice.difference(strong, weak, truth, 0)
+    assert gain == pytest.approx(roc_auc_score(truth, strong) - roc_auc_score(truth, weak), abs=1e-12)
+    assert 0 < low < gain < high
+
+
+def test_the_comparison_prints_a_row_a_normalisation(tmp_path, capsys):
     """`colour_choice` on a small prepared set: five rows, "none" first at correlation 1, the others with intervals."""
     import layouts
 
@@ -183,7 +196,6 @@ def test_the_comparison_prints_a_row_a_normalisation(tmp_path, capsys, monkeypat
     prepare.main(["--source", str(folder), "--out", str(tmp_path / "d"), "--split-file", str(csv),
                   "--prompts", "fixed"])
     capsys.readouterr()
-    monkeypatch.setattr(colour_choice, "BOOTSTRAP", 20)
     colour_choice.main([str(tmp_path / "d"), "--benign", "50", "--repeats", "1"])
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(colour.NAMES)]
     assert [row[0] for row in rows] == list(colour.NAMES)

@@ -115,6 +115,7 @@ def test_leftovers_of_macos_are_no_tiles(tmp_path):
             archive.writestr(f"__MACOSX/ISIC_2024_Permissive_Training_Input/._{name}", b"\0\5\x16\7")
     source = isic.open_source(path)
     assert len(source.where) == len(IDS)
+    assert not source.notes
     assert [table.name for table in source.tables] == ["ISIC_2024_Permissive_Training_GroundTruth.csv"]
 
 
