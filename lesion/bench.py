@@ -45,6 +45,8 @@ def main(argv: list[str]) -> None:
         return compare(args, argv)
     from lesion import runtime
     device = runtime.device(args.device)
+    if device.type == "cpu":
+        runtime.keep_freed_memory()
     step = {"train": training_step, "generate": generation}[args.what](args, device)
     if args.serve:
         return serve(step)

@@ -42,6 +42,8 @@ def parse(argv: list[str]):
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
+    from lesion import runtime
+    runtime.keep_freed_memory()
     if args.stage == "vae":
         train_vae(args)
     else:

@@ -43,6 +43,8 @@ def process(device_name: str) -> tuple[int, int, torch.device]:
     """(rank, number of processes, device); joins torchrun's process group where there is one."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = runtime.device(device_name)
+    if device.type == "cpu":
+        runtime.keep_freed_memory()
     if world == 1:
         return 0, 1, device
     if device.type == "cuda":
