@@ -29,7 +29,7 @@ class Run:
 
 
 def write(path: Path, parts: Parts, val_scores: np.ndarray, test_scores: np.ndarray, fold: int | None = None) -> None:
-    """One line a validation or test tile, in the order of `parts`; scores with 9 digits, which are exact for fp32.
+    """One line a validation or test tile, in the order of `parts`; scores with as many digits as make them exact.
 
     ValueError, and nothing written, for a score that is not finite or not in 0..1, or scores of another number of
     tiles.
@@ -40,7 +40,7 @@ def write(path: Path, parts: Parts, val_scores: np.ndarray, test_scores: np.ndar
     for split, rows, scores in (("val", parts.val, val_scores), ("test", parts.test, test_scores)):
         classification.check(np.array([row["label"] == "malignant" for row in rows]), scores)
         for row, score in zip(rows, scores, strict=True):
-            writer.writerow([tile_id(row), row["label"], f"{score:.9g}", split, row.get("patient_id") or "",
+            writer.writerow([tile_id(row), row["label"], repr(float(score)), split, row.get("patient_id") or "",
                              *([] if fold is None else [fold])])
     files.write_bytes(path, text.getvalue().encode())
 

@@ -227,7 +227,8 @@ def _mcnemar_table(results):
                              p_value(cell["p"])])
     return table("Test tiles decided rightly by both arms, by one, by neither (mean score over seeds; exact McNemar "
                  "test, not corrected)",
-                 ["contrast", "tiles", "threshold", "both", "first only", "second only", "neither", "p"], rows, text=(1, 2))
+                 ["contrast", "tiles", "threshold", "both", "first only", "second only", "neither", "p"], rows,
+                 text=(1, 2))
 
 
 def _subgroup_table(results):
