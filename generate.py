@@ -1,7 +1,7 @@
 """Draw synthetic tiles: Stable Diffusion 1.5 with LoRA, one PNG and one manifest row an image.
 
     python generate.py                                    # from the newest run of train_lora.py
-    python generate.py --base SD15 --lora runs/malignant-phase2/lora.safetensors --prompts-from data/isic2024 --count 314 --out samples/malignant
+    python generate.py --lora runs/malignant-phase2/lora.safetensors --prompts-from data/isic2024 --count 314 --out samples/malignant
 
 Image i is drawn from seed SEED + i alone: the same picture at any batch size and device. An interrupted call goes on where it stopped.
 Many GPUs: torchrun --nproc-per-node N generate.py ...
@@ -34,7 +34,13 @@ def parse(argv=None):
     group = parser.add_argument_group("model")
     group.add_argument("--base", help="folder, .safetensors file or hub id; default: what the LoRA was trained on")
     group.add_argument("--tokenizer", type=Path, help="folder with vocab.json and merges.txt, for a single-file base")
-    group.add_argument("--lora", type=weighted_file, nargs="+", metavar="FILE[:WEIGHT]", help="LoRA files; default: the newest run's, if no --base is given")
+    group.add_argument(
+        "--lora",
+        type=weighted_file,
+        nargs="+",
+        metavar="FILE[:WEIGHT]",
+        help="LoRA files; default: the newest run's, if no --base is given",
+    )
     group = parser.add_argument_group("what to draw")
     what = group.add_mutually_exclusive_group()
     what.add_argument("--prompt", help="one prompt for all")
@@ -95,17 +101,31 @@ def main(argv=None) -> None:
             print(f"warning: the LoRA was trained at {metadata['lesion_resolution']} px, drawing at {args.resolution} px: "
                   "expect several lesions a picture when larger")
         if metadata["lesion_base_sha256"] != base_sha256:
-            print(f"warning: the LoRA was trained on another base model (SHA-256 {metadata['lesion_base_sha256'][:12]}, this one {base_sha256[:12]})")
+            print(
+                "warning: the LoRA was trained on another base model: "
+                f"SHA-256 {metadata['lesion_base_sha256'][:12]}, this one {base_sha256[:12]}"
+            )
 
     # --- what to draw: every image's prompt and seed, before the first is drawn ---
     prompts = choose_prompts(args)
     _, cut = sd.tokenizer(sorted(set(prompts)))
     for end in [end for end in cut if end][:1] if rank == 0 else []:
         print(f"warning: a prompt is longer than 75 tokens; the model does not see its end: {end!r}")
-    settings = {"label": args.label, "negative_prompt": args.negative_prompt, "sampler": args.sampler, "steps": args.steps,
-                "guidance_scale": args.guidance_scale, "eta": args.eta, "resolution": args.resolution, "precision": args.precision,
-                "batch_size": args.batch_size, "first_seed": args.seed, "draw": args.draw,
-                "prompt": args.prompt, "prompts_sha256": files.sha256_json(sorted(set(prompts))) if args.prompt else training_texts_sha256(args)}
+    settings = {
+        "label": args.label,
+        "negative_prompt": args.negative_prompt,
+        "sampler": args.sampler,
+        "steps": args.steps,
+        "guidance_scale": args.guidance_scale,
+        "eta": args.eta,
+        "resolution": args.resolution,
+        "precision": args.precision,
+        "batch_size": args.batch_size,
+        "first_seed": args.seed,
+        "draw": args.draw,
+        "prompt": args.prompt,
+        "prompts_sha256": files.sha256_json(sorted(set(prompts))) if args.prompt else training_texts_sha256(args),
+    }
     used = [{"file": str(path), "sha256": files.sha256_file(path), "weight": weight, "train_files": training.files_of_lora(path)}
             for path, weight, *_ in loras]
     hashes = [lora["sha256"] for lora in used]
@@ -146,7 +166,9 @@ def main(argv=None) -> None:
         torch.distributed.barrier()
     if rank == 0:
         write_rows(args.out, rows, final=True)
-        pictures.save_png(args.out / "grid.png", pictures.contact_sheet(pictures.open_images([args.out / row["file_name"] for row in rows[:64]])))
+        pictures.save_png(
+            args.out / "grid.png", pictures.contact_sheet(pictures.open_images([args.out / row["file_name"] for row in rows[:64]]))
+        )
         print(f"contact sheet: {args.out / 'grid.png'}")
     if args.gif and rank == 0:
         frames, every = [], max(1, args.steps // GIF_FRAMES)
@@ -181,12 +203,16 @@ def fill_from_newest_run(args) -> None:
 
 
 def training_rows(args) -> list[dict]:
-    rows = [row for row in files.read_manifest(args.prompts_from) if row.get("label") == args.label and row.get("split", "train") == "train"]
+    rows = [
+        row for row in files.read_manifest(args.prompts_from) if row.get("label") == args.label and row.get("split", "train") == "train"
+    ]
     if not rows:
         raise ValueError(f"{args.prompts_from} has no training tile labelled {args.label!r} to take prompts from")
     without = [row["file_name"] for row in rows if not row.get("text")]
     if without:
-        raise ValueError(f"{args.prompts_from}: {len(without)} tiles have no text, first {without[0]}; run python -m lesion prepare or label")
+        raise ValueError(
+            f"{args.prompts_from}: {len(without)} tiles have no text, first {without[0]}; run python -m lesion prepare or label"
+        )
     return rows
 
 
@@ -231,7 +257,11 @@ def open_folder(out: Path, provenance: dict) -> None:
         old = files.read_json(path)
         changed = [key for key in ("base_sha256", "loras", "settings") if old.get(key) != json.loads(json.dumps(provenance[key]))]
         if changed:
-            what = [key for key in provenance["settings"] if old["settings"].get(key) != provenance["settings"][key]] if changed == ["settings"] else changed
+            what = (
+                [key for key in provenance["settings"] if old["settings"].get(key) != provenance["settings"][key]]
+                if changed == ["settings"]
+                else changed
+            )
             raise ValueError(f"{out} holds the images of another call (other {', '.join(what)}): give another --out")
     elif out.exists() and any(entry.name[0] != "." for entry in out.iterdir()):
         raise ValueError(f"{out} exists and is not a folder of generate.py: give another --out")

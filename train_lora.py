@@ -30,7 +30,9 @@ def parse(argv=None):
     group = parser.add_argument_group("LoRA")
     group.add_argument("--rank", type=cli.number(int, low=1), default=16, help="rank r of the update")
     group.add_argument("--alpha", type=cli.number(float, above=0), default=16.0, help="update is scaled by alpha / rank")
-    group.add_argument("--lora-targets", choices=("attention", "all"), default="attention", help="all: kohya's set, with projections and MLPs")
+    group.add_argument(
+        "--lora-targets", choices=("attention", "all"), default="attention", help="all: kohya's set, with projections and MLPs"
+    )
     group.add_argument("--lora-format", choices=("kohya", "diffusers"), default="kohya", help="layout of the written files")
     group = parser.add_argument_group("recipe")
     group.add_argument("--steps", type=cli.number(int, low=1), default=1400, help="optimizer steps")
@@ -38,19 +40,25 @@ def parse(argv=None):
     group.add_argument("--accumulate", type=cli.number(int, low=1), default=1, help="batches an optimizer step")
     group.add_argument("--lr", type=cli.number(float, above=0), default=3e-5, help="peak learning rate of AdamW")
     group.add_argument("--text-encoder-lr", type=cli.number(float, above=0), help="phase 2: the text encoder's; default: --lr")
-    group.add_argument("--text-encoder-steps", type=cli.number(int, low=1), help="phase 2: freeze the text encoder's LoRA after so many steps")
+    group.add_argument(
+        "--text-encoder-steps", type=cli.number(int, low=1), help="phase 2: freeze the text encoder's LoRA after so many steps"
+    )
     group.add_argument("--schedule", choices=("constant", "cosine"), default="constant", help="of the learning rate, after the warm-up")
     group.add_argument("--warmup-steps", type=cli.number(int, low=0), default=0, help="steps of linear warm-up")
     group.add_argument("--weight-decay", type=cli.number(float, low=0), default=0.01, help="of AdamW")
     group.add_argument("--clip", type=cli.number(float, above=0), default=1.0, help="largest norm of the gradient")
-    group.add_argument("--min-snr-gamma", type=cli.number(float, above=0), help="min-SNR weighting (arXiv:2303.09556); 5 is usual; default: off")
+    group.add_argument(
+        "--min-snr-gamma", type=cli.number(float, above=0), help="min-SNR weighting (arXiv:2303.09556); 5 is usual; default: off"
+    )
     group.add_argument("--noise-offset", type=cli.number(float, low=0), default=0.0, help="noise added per channel, for wider brightness")
     group.add_argument("--caption-dropout", type=cli.number(float, low=0, high=1), default=0.1, help="share of empty prompts")
     group.add_argument("--resolution", type=cli.resolution, default=128, help="side of the tiles in pixels")
     group.add_argument("--views", type=int, choices=(1, 8), default=8, help="8: flips and quarter turns; 1: none")
     group.add_argument("--precision", choices=("fp16", "bf16", "fp32"), default=None, help="default: fp16 on CUDA, fp32 on the CPU")
     group.add_argument("--seed", type=cli.number(int, low=0), default=0, help="of everything random")
-    group.add_argument("--holdout", type=cli.number(float, low=0, high=0.9), default=0.0, help="share of training patients held back and validated on")
+    group.add_argument(
+        "--holdout", type=cli.number(float, low=0, high=0.9), default=0.0, help="share of training patients held back and validated on"
+    )
     group = parser.add_argument_group("while it runs")
     group.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
     group.add_argument("--checkpoint-every", type=cli.number(int, low=1), default=100, help="steps between checkpoints")
@@ -208,9 +216,11 @@ def train(args) -> None:
     if first_rank:
         pictures.loss_curve(args.out / "metrics.jsonl", args.out / "loss.png")
         training.before_and_after(args.out / "samples", args.steps)
-        say(f"LoRA: {args.out / 'lora.safetensors'}\nloss: {args.out / 'loss.png'}\nbefore and after: "
-              f"{args.out / 'samples' / 'before-after.png'}\nnext: python generate.py --lora {args.out / 'lora.safetensors'} --base {args.base} "
-              f"--prompts-from {args.data} --count 16")
+        say(
+            f"LoRA: {args.out / 'lora.safetensors'}\nloss: {args.out / 'loss.png'}\n"
+            f"before and after: {args.out / 'samples' / 'before-after.png'}\n"
+            f"next: python generate.py --lora {args.out / 'lora.safetensors'} --base {args.base} --prompts-from {args.data} --count 16"
+        )
 
 
 if __name__ == "__main__":

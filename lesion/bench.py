@@ -37,19 +37,24 @@ def parse(argv: list[str]):
 def main(argv: list[str]) -> None:
     if argv[:1] == ["classify"]:
         from lesion import bench_classify
-        return bench_classify.main(argv[1:])
+
+        bench_classify.main(argv[1:])
+        return
     args = parse(argv)
     if args.what == "load":
-        return print_load(args)
+        print_load(args)
+        return
     if args.peer:
-        return compare(args, argv)
+        compare(args, argv)
+        return
     from lesion import runtime
     device = runtime.device(args.device)
     if device.type == "cpu":
         runtime.keep_freed_memory()
     step = {"train": training_step, "generate": generation}[args.what](args, device)
     if args.serve:
-        return serve(step)
+        serve(step)
+        return
     parts = [step() for _ in range(args.warmup + (args.steps if args.what == "train" else 3))][args.warmup:]
     report(args, parts, {"device": str(device), "peak_mem_gib": round(runtime.peak_mem_gib(device), 2)})
 
@@ -60,9 +65,22 @@ def report(args, parts: list[dict[str, float]], more: dict) -> None:
     for name, value in medians.items():
         print(f"{name:16}{value:10.1f}   {100 * value / medians['total_ms']:5.1f} %")
     print(f"{'images/s':16}{images_per_s:10.2f}")
-    print(json.dumps({"bench": args.what, "base": args.base, "batch_size": args.batch_size, "precision": args.precision, "resolution": args.resolution,
-                      "phase": args.phase, "measured": len(parts), "images_per_s": round(images_per_s, 3),
-                      **{name: round(value, 1) for name, value in medians.items()}, **more}))
+    print(
+        json.dumps(
+            {
+                "bench": args.what,
+                "base": args.base,
+                "batch_size": args.batch_size,
+                "precision": args.precision,
+                "resolution": args.resolution,
+                "phase": args.phase,
+                "measured": len(parts),
+                "images_per_s": round(images_per_s, 3),
+                **{name: round(value, 1) for name, value in medians.items()},
+                **more,
+            }
+        )
+    )
 
 
 def compare(args, argv: list[str]) -> None:
@@ -91,9 +109,23 @@ def compare(args, argv: list[str]) -> None:
     medians = {name: statistics.median(values[args.warmup:]) for name, values in times.items()}
     for name, value in medians.items():
         print(f"{name:8}{value:10.1f} ms   {1000 * args.batch_size / value:8.2f} images/s   {peaks[name]:6.2f} GiB")
-    print(json.dumps({"bench": args.what, "base": args.base, "batch_size": args.batch_size, "precision": args.precision, "phase": args.phase,
-                      "measured": args.steps, "ours_ms": round(medians["ours"], 1), "peer_ms": round(medians["peer"], 1),
-                      "peer_over_ours": round(medians["peer"] / medians["ours"], 3), "ours_gib": peaks["ours"], "peer_gib": peaks["peer"]}))
+    print(
+        json.dumps(
+            {
+                "bench": args.what,
+                "base": args.base,
+                "batch_size": args.batch_size,
+                "precision": args.precision,
+                "phase": args.phase,
+                "measured": args.steps,
+                "ours_ms": round(medians["ours"], 1),
+                "peer_ms": round(medians["peer"], 1),
+                "peer_over_ours": round(medians["peer"] / medians["ours"], 3),
+                "ours_gib": peaks["ours"],
+                "peer_gib": peaks["peer"],
+            }
+        )
+    )
 
 
 def serve(step) -> None:

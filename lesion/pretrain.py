@@ -22,7 +22,9 @@ def parse(argv: list[str]):
     group.add_argument("--stage", choices=("vae", "unet"), required=True, help="vae first, then unet (which reads OUT/vae)")
     group.add_argument("--resume", action="store_true", help="go on from OUT's newest checkpoint")
     group = parser.add_argument_group("recipe")
-    group.add_argument("--steps", type=cli.number(int, low=1), default=10000, help="optimizer steps; the learning rate falls to 0 at the last")
+    group.add_argument(
+        "--steps", type=cli.number(int, low=1), default=10000, help="optimizer steps; the learning rate falls to 0 at the last"
+    )
     group.add_argument("--batch-size", type=cli.number(int, low=1), default=8, help="tiles (vae: crops) a step")
     group.add_argument("--lr", type=cli.number(float, above=0), default=1e-3, help="peak learning rate of AdamW")
     group.add_argument("--warmup-steps", type=cli.number(int, low=0), default=200, help="steps of linear warm-up")
@@ -213,7 +215,9 @@ def check_vae(vae, ema: dict, images_u8, picture: Path) -> dict:
         latents = [averaged.encode(to_pixels(batch)) for batch in np.array_split(images_u8[:64], 8)]
         rebuilt = np.concatenate([to_images_u8(averaged.decode(mean)) for mean, _ in latents])
     mean = torch.cat([mean for mean, _ in latents])
-    pictures.save_png(picture, pictures.contact_sheet(np.concatenate([np.concatenate([images_u8[i:i + 8], rebuilt[i:i + 8]]) for i in (0, 8)])))
+    pictures.save_png(
+        picture, pictures.contact_sheet(np.concatenate([np.concatenate([images_u8[i : i + 8], rebuilt[i : i + 8]]) for i in (0, 8)]))
+    )
     return {"psnr": psnr(images_u8[:64], rebuilt), "high_frequency": high_frequency_ratio(images_u8[:64], rebuilt),
             **{f"latent_std_{c}": mean[:, c].std().item() for c in range(4)},
             "posterior_std": torch.cat([(0.5 * logvar).exp() for _, logvar in latents]).mean().item()}

@@ -132,7 +132,9 @@ def train(args) -> None:
         if (step + 1) % args.checkpoint_every == 0 or step + 1 == args.steps or stop:
             last = step + 1
             held = {"check_error": check_error(sd, model, ema, mean, texts, check, args)}
-            files.append_jsonl(args.out / "unet.jsonl", {"step": last, "lr": pretrain.learning_rate(args, step), "loss": loss.item(), **held})
+            files.append_jsonl(
+                args.out / "unet.jsonl", {"step": last, "lr": pretrain.learning_rate(args, step), "loss": loss.item(), **held}
+            )
             pretrain.save_checkpoint(args, "unet", model, ema, optimizer, last)
             with averaged(model, ema):
                 sample_sheet(sd, rows, args, args.out / "samples" / f"unet-{last:06d}.png")

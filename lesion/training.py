@@ -157,7 +157,9 @@ def add_lora(args, sd: StableDiffusion, start: str | None) -> dict[str, nn.Modul
     """Inject LoRA into the networks that this phase trains, load the starting LoRA if any; {name: network}."""
     networks = {"unet": sd.unet} | ({"text_encoder": sd.text_encoder} if args.phase == 2 else {})
     for number, network in enumerate(networks.values(), 1):
-        layers.inject(network, layers.target_paths(network, args.lora_targets), args.rank, args.alpha, runtime.generator(args.seed, 0, number))
+        layers.inject(
+            network, layers.target_paths(network, args.lora_targets), args.rank, args.alpha, runtime.generator(args.seed, 0, number)
+        )
     if start:
         factors, _ = lora_files.read(Path(start), {"unet": sd.unet, "text_encoder": sd.text_encoder})
         if args.phase == 1 and of_network(factors, "text_encoder"):
@@ -270,7 +272,9 @@ def before_and_after(folder: Path, steps: int) -> None:
     """One picture of the first and the last sample sheet, one above the other."""
     sheets = [(folder / f"step-{step:06d}.png", f"step {step}") for step in (0, steps)]
     if all(path.is_file() for path, _ in sheets):
-        pictures.save_png(folder / "before-after.png", pictures.stack([Image.open(path) for path, _ in sheets], [name for _, name in sheets]))
+        pictures.save_png(
+            folder / "before-after.png", pictures.stack([Image.open(path) for path, _ in sheets], [name for _, name in sheets])
+        )
 
 
 # -------------------------------------------------------------------------------------------------- state and log
@@ -305,18 +309,39 @@ def load_checkpoint(folder: Path, networks: dict[str, nn.Module], optimizer, sca
 
 def lora_metadata(args, known: dict, done: int) -> dict[str, str]:
     """kohya's and ModelSpec's entries, and ours: hashes of base and data, class, phase, resolution, the whole recipe, the step."""
-    ours = {"lesion_base_sha256": known["base_sha256"], "lesion_data_sha256": known["data_sha256"], "lesion_label": args.label,
-            "lesion_phase": str(args.phase), "lesion_resolution": str(args.resolution), "lesion_step": str(done),
-            "lesion_seed": str(args.seed), "lesion_recipe": json.dumps({k: v for k, v in known.items() if k != "provenance"}, sort_keys=True),
-            "lesion_git_commit": str(known["provenance"]["git_commit"])}
+    ours = {
+        "lesion_base_sha256": known["base_sha256"],
+        "lesion_data_sha256": known["data_sha256"],
+        "lesion_label": args.label,
+        "lesion_phase": str(args.phase),
+        "lesion_resolution": str(args.resolution),
+        "lesion_step": str(done),
+        "lesion_seed": str(args.seed),
+        "lesion_recipe": json.dumps({k: v for k, v in known.items() if k != "provenance"}, sort_keys=True),
+        "lesion_git_commit": str(known["provenance"]["git_commit"]),
+    }
     if args.lora_format == "diffusers":
         return ours
     return ours | lora_files.kohya_metadata(
-        args.rank, args.alpha, output_name=f"{args.label}-phase{args.phase}", sd_model_name=Path(args.base).name, new_sd_model_hash=known["base_sha256"],
-        resolution=f"({args.resolution}, {args.resolution})", learning_rate=args.lr, unet_lr=args.lr, seed=args.seed, steps=done,
-        text_encoder_lr=(args.text_encoder_lr or args.lr) if args.phase == 2 else None, num_train_images=known["tiles"], max_grad_norm=args.clip,
-        min_snr_gamma=args.min_snr_gamma, noise_offset=args.noise_offset, mixed_precision={"fp32": "no"}.get(args.precision, args.precision),
-        optimizer="torch.optim.AdamW", lr_scheduler=args.schedule)
+        args.rank,
+        args.alpha,
+        output_name=f"{args.label}-phase{args.phase}",
+        sd_model_name=Path(args.base).name,
+        new_sd_model_hash=known["base_sha256"],
+        resolution=f"({args.resolution}, {args.resolution})",
+        learning_rate=args.lr,
+        unet_lr=args.lr,
+        seed=args.seed,
+        steps=done,
+        text_encoder_lr=(args.text_encoder_lr or args.lr) if args.phase == 2 else None,
+        num_train_images=known["tiles"],
+        max_grad_norm=args.clip,
+        min_snr_gamma=args.min_snr_gamma,
+        noise_offset=args.noise_offset,
+        mixed_precision={"fp32": "no"}.get(args.precision, args.precision),
+        optimizer="torch.optim.AdamW",
+        lr_scheduler=args.schedule,
+    )
 
 
 class Log:

@@ -11,9 +11,26 @@ def last_line(done):
 
 def test_train_and_generate(tiny, run_script):
     """Both benches on the tiny checkpoint: the parts add up to the total within a tenth, images/s is batch over total."""
-    for what, parts in (("train", ("noise_ms", "text_ms", "forward_ms", "backward_ms", "optimizer_ms")), ("generate", ("text_ms", "unet_ms", "decode_ms"))):
-        result = last_line(run_script("-m lesion", "bench", what, "--base", tiny / "folder", "--batch-size", 2, "--steps", 2, "--resolution", 64,
-                                      env={"OMP_NUM_THREADS": "1"}))
+    for what, parts in (
+        ("train", ("noise_ms", "text_ms", "forward_ms", "backward_ms", "optimizer_ms")),
+        ("generate", ("text_ms", "unet_ms", "decode_ms")),
+    ):
+        result = last_line(
+            run_script(
+                "-m lesion",
+                "bench",
+                what,
+                "--base",
+                tiny / "folder",
+                "--batch-size",
+                2,
+                "--steps",
+                2,
+                "--resolution",
+                64,
+                env={"OMP_NUM_THREADS": "1"},
+            )
+        )
         assert result["measured"] == (2 if what == "train" else 3)
         assert sum(result[part] for part in parts) == pytest.approx(result["total_ms"], rel=0.1)  # medians of parts, not parts of medians
         assert result["images_per_s"] == pytest.approx(2000 / result["total_ms"], rel=0.01)
@@ -22,8 +39,26 @@ def test_train_and_generate(tiny, run_script):
 
 def test_peer(tiny, run_script):
     """--peer diffusers reports both medians and their ratio."""
-    result = last_line(run_script("-m lesion", "bench", "train", "--base", tiny / "folder", "--batch-size", 1, "--steps", 1, "--warmup", 1, "--resolution", 64,
-                                  "--peer", "diffusers", env={"OMP_NUM_THREADS": "1"}))
+    result = last_line(
+        run_script(
+            "-m lesion",
+            "bench",
+            "train",
+            "--base",
+            tiny / "folder",
+            "--batch-size",
+            1,
+            "--steps",
+            1,
+            "--warmup",
+            1,
+            "--resolution",
+            64,
+            "--peer",
+            "diffusers",
+            env={"OMP_NUM_THREADS": "1"},
+        )
+    )
     assert result["peer_over_ours"] == pytest.approx(result["peer_ms"] / result["ours_ms"], rel=0.01)
 
 

@@ -29,7 +29,11 @@ def data(tmp_path):
 
 
 def run(script, *arguments, processes):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else [sys.executable]
+    launcher = (
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        if processes > 1
+        else [sys.executable]
+    )
     done = subprocess.run([*launcher, str(ROOT / script), *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=240,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-3000:]
@@ -47,7 +51,22 @@ def test_two_processes_equal_one(tiny, data, tmp_path):
     assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=5e-3)
     assert two[0]["loss"] != one[0]["loss"]
     lora = tmp_path / "one" / "lora.safetensors"
-    draw = ["--base", tiny / "folder", "--lora", lora, "--prompt", "a lesion", "--count", 4, "--batch-size", 1, "--steps", 3, "--resolution", 64]
+    draw = [
+        "--base",
+        tiny / "folder",
+        "--lora",
+        lora,
+        "--prompt",
+        "a lesion",
+        "--count",
+        4,
+        "--batch-size",
+        1,
+        "--steps",
+        3,
+        "--resolution",
+        64,
+    ]
     run("generate.py", *draw, "--out", tmp_path / "g2", processes=2)
     run("generate.py", *draw, "--out", tmp_path / "g1", processes=1)
     for i in range(4):

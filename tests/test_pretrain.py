@@ -46,7 +46,11 @@ def run(stage, data, out, *more):
 
 
 def digests(folder):
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.suffix in (".safetensors", ".jsonl", ".png")}
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.suffix in (".safetensors", ".jsonl", ".png")
+    }
 
 
 def test_both_stages_resume_and_load(data, tmp_path, monkeypatch, capsys):
@@ -59,7 +63,9 @@ def test_both_stages_resume_and_load(data, tmp_path, monkeypatch, capsys):
         with pytest.raises(ValueError, match="give --resume"):
             run(stage, data, cut)
         run(stage, data, cut, "--resume")
-        assert {k: v for k, v in digests(whole).items() if "checkpoint" in k} == {k: v for k, v in digests(cut).items() if "checkpoint" in k}
+        assert {k: v for k, v in digests(whole).items() if "checkpoint" in k} == {
+            k: v for k, v in digests(cut).items() if "checkpoint" in k
+        }
         assert (whole / f"{stage}.jsonl").read_bytes() == (cut / f"{stage}.jsonl").read_bytes()
     for name in ("vae", "unet"):
         ours, theirs = (folder / name / "diffusion_pytorch_model.safetensors" for folder in (whole, cut))
@@ -79,7 +85,7 @@ def test_both_stages_resume_and_load(data, tmp_path, monkeypatch, capsys):
 
 
 def test_latents_have_unit_scale(data, tmp_path):
-    """After the export 0.18215 times a training tile's latent mean has mean 0 and deviation 1 in every channel, and decoding is unchanged."""
+    """After the export 0.18215 times a training tile's latent mean has mean 0 and deviation 1 in every channel."""
     run("vae", data, tmp_path)
     from lesion.data.cache import to_pixels
     from lesion.pretrain_unet import load_vae

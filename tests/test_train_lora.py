@@ -50,8 +50,33 @@ def data(tmp_path_factory):
 
 
 def flags(tiny, data, out, *more):
-    return ["--base", tiny / "folder", "--data", data, "--out", out, "--steps", 8, "--batch-size", 2, "--rank", 2, "--alpha", 3, "--lr", "1e-2",
-            "--sample-count", 0, "--checkpoint-every", 4, "--val-every", 4, "--resolution", 64, *more]
+    return [
+        "--base",
+        tiny / "folder",
+        "--data",
+        data,
+        "--out",
+        out,
+        "--steps",
+        8,
+        "--batch-size",
+        2,
+        "--rank",
+        2,
+        "--alpha",
+        3,
+        "--lr",
+        "1e-2",
+        "--sample-count",
+        0,
+        "--checkpoint-every",
+        4,
+        "--val-every",
+        4,
+        "--resolution",
+        64,
+        *more,
+    ]
 
 
 def train(*arguments):
@@ -79,7 +104,9 @@ def test_phase_1_then_2(tiny, data, tmp_path):
     assert {path: digest(path) for path in base} == base
     recipe = json.loads((tmp_path / "p2" / "args.json").read_text())
     assert recipe["init_lora_sha256"] == digest(tmp_path / "p1" / "lora.safetensors")
-    assert {"args.json", "metrics.jsonl", "timing.jsonl", "loss.png", "lora.safetensors", "train_files.json"} <= {p.name for p in (tmp_path / "p2").iterdir()}
+    assert {"args.json", "metrics.jsonl", "timing.jsonl", "loss.png", "lora.safetensors", "train_files.json"} <= {
+        p.name for p in (tmp_path / "p2").iterdir()
+    }
     seen = json.loads((tmp_path / "p2" / "train_files.json").read_text())
     assert {row["file_name"] for row in seen} == {f"images/T_{i:02d}.jpg" for i in range(9)}
 
@@ -87,8 +114,24 @@ def test_phase_1_then_2(tiny, data, tmp_path):
 def test_resume_equals_uninterrupted(tiny, data, tmp_path, monkeypatch):
     """A run that dies after step 6 and resumes from its checkpoint at 4 ends with the bytes of an uninterrupted one: LoRA,
     optimizer state and log. Accumulation, warm-up, cosine schedule, text-encoder budget, noise offset and min-SNR all take part."""
-    recipe = ["--phase", 2, "--accumulate", 2, "--warmup-steps", 3, "--schedule", "cosine", "--text-encoder-steps", 5, "--noise-offset", 0.05,
-              "--min-snr-gamma", 5, "--caption-dropout", 0.5]
+    recipe = [
+        "--phase",
+        2,
+        "--accumulate",
+        2,
+        "--warmup-steps",
+        3,
+        "--schedule",
+        "cosine",
+        "--text-encoder-steps",
+        5,
+        "--noise-offset",
+        0.05,
+        "--min-snr-gamma",
+        5,
+        "--caption-dropout",
+        0.5,
+    ]
     train(*flags(tiny, data, tmp_path / "whole", *recipe))
     from lesion import training
     real, calls = training.Log.step, []
@@ -194,7 +237,11 @@ def test_non_finite_loss_stops(tiny, data, tmp_path, monkeypatch):
 
 def test_training_lowers_the_validation_loss(tiny, data, tmp_path):
     """300 steps on the tiny checkpoint lower the held-out loss by at least a tenth."""
-    train("--phase", 1, *flags(tiny, data, tmp_path / "r", "--steps", 300, "--val-every", 300, "--checkpoint-every", 300, "--batch-size", 4, "--rank", 8))
+    train(
+        "--phase",
+        1,
+        *flags(tiny, data, tmp_path / "r", "--steps", 300, "--val-every", 300, "--checkpoint-every", 300, "--batch-size", 4, "--rank", 8),
+    )
     first, last = (row["val_loss"] for row in files.read_jsonl(tmp_path / "r" / "metrics.jsonl") if "val_loss" in row)
     assert last < 0.9 * first
 
@@ -203,7 +250,14 @@ def test_interrupt_checkpoints_and_says_how_to_go_on(tiny, data, tmp_path):
     """Ctrl-C (SIGINT) finishes the step, writes a checkpoint and exits with 130; --resume then ends the run."""
     import signal
     import time
-    command = [sys.executable, str(ROOT / "train_lora.py"), "--phase", "1", *map(str, flags(tiny, data, tmp_path / "r", "--steps", 100000, "--checkpoint-every", 5))]
+
+    command = [
+        sys.executable,
+        str(ROOT / "train_lora.py"),
+        "--phase",
+        "1",
+        *map(str, flags(tiny, data, tmp_path / "r", "--steps", 100000, "--checkpoint-every", 5)),
+    ]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 120
         while not (tmp_path / "r" / "checkpoint.safetensors").exists():

@@ -4,6 +4,7 @@ The VAE is frozen, so its output for a tile is fixed up to the dihedral view (8 
 posterior; the draw is made at every step, the view is part of the plan. Only the (tile, view) pairs that the run will use are
 encoded. Proven by tests/data/test_cache.py.
 """
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,10 +74,8 @@ def encode(vae: VAE, images_u8: np.ndarray, pairs: np.ndarray, folder: Path, dev
 
 
 def _keep(path: Path, mean: Tensor, logvar: Tensor) -> None:
-    try:
+    with contextlib.suppress(OSError):  # a data set in a read-only place is used without a cache
         runtime.save_state(path, {"mean": mean, "logvar": logvar}, {})
-    except OSError:
-        pass  # a data set in a read-only place is used without a cache
 
 
 def sample(mean: Tensor, logvar: Tensor, noise: Tensor, latent_scale: float) -> Tensor:

@@ -169,17 +169,25 @@ def _configured_alpha(config: dict, module_path: str, rank: int) -> float:
     """alpha of a peft LoraConfig for a module (alpha_pattern first); without one alpha = rank, scale 1."""
     if config.get("use_dora"):
         raise ValueError("this LoRA uses DoRA, which is not plain LoRA: not supported")
-    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module_path):
-            break
-    else:
-        alpha = config.get("lora_alpha", rank)
+    patterns = (config.get("alpha_pattern") or {}).items()
+    matching = [value for pattern, value in patterns if re.fullmatch(rf"(.*\.)?({pattern})", module_path)]
+    alpha = matching[0] if matching else config.get("lora_alpha", rank)
     return float(alpha) * (rank**0.5 if config.get("use_rslora") else 1.0)
 
 
 def kohya_metadata(rank: int, alpha: float, **known: object) -> dict[str, str]:
     """The `ss_*` and ModelSpec entries that kohya's tools and A1111 look for, every value a string; `known` adds ss_<name>."""
-    metadata = {"ss_v2": "False", "ss_base_model_version": "sd_v1", "ss_network_module": "networks.lora", "ss_network_dim": str(rank),
-                "ss_network_alpha": str(float(alpha)), "modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": "stable-diffusion-v1/lora",
-                "modelspec.implementation": "diffusers", "modelspec.prediction_type": "epsilon"}
-    return metadata | {f"ss_{name}": value if isinstance(value, str) else json.dumps(value) for name, value in known.items() if value is not None}
+    metadata = {
+        "ss_v2": "False",
+        "ss_base_model_version": "sd_v1",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(float(alpha)),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.prediction_type": "epsilon",
+    }
+    return metadata | {
+        f"ss_{name}": value if isinstance(value, str) else json.dumps(value) for name, value in known.items() if value is not None
+    }

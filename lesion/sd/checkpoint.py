@@ -152,7 +152,9 @@ def _from_single_file(file: Path):
     if any(key.startswith("cond_stage_model.model.") for key in state):
         raise ValueError(f"{file} is a Stable Diffusion 2 checkpoint: this project works on Stable Diffusion 1.x")
     if names.UNET + "output_blocks.11.0.skip_connection.weight" not in state:
-        raise ValueError(f"{file} is not a Stable Diffusion 1.x checkpoint: {names.UNET}output_blocks.11.0.skip_connection.weight is missing")
+        raise ValueError(
+            f"{file} is not a Stable Diffusion 1.x checkpoint: {names.UNET}output_blocks.11.0.skip_connection.weight is missing"
+        )
     try:
         unet_config, vae_config, text_config = names.sizes_of_single_file(shapes)
     except ValueError as error:

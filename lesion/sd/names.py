@@ -15,8 +15,17 @@ RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_
           "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 OLD_VAE_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}  # diffusers before 0.14
-IGNORED_PREFIXES = ("model_ema.", "sqrt_", "log_one_minus_", "posterior_", "betas", "alphas_cumprod", "logvar", "cond_stage_model.logit_scale",
-                    "lvlb_weights")
+IGNORED_PREFIXES = (
+    "model_ema.",
+    "sqrt_",
+    "log_one_minus_",
+    "posterior_",
+    "betas",
+    "alphas_cumprod",
+    "logvar",
+    "cond_stage_model.logit_scale",
+    "lvlb_weights",
+)
 IGNORED_SUFFIXES = ("embeddings.position_ids",)
 
 

@@ -69,7 +69,9 @@ def test_combine():
     layers.set_factors(block, layers.combine([(one, 0.7), (two, -0.4)]))
     expected = 0.7 * 1.5 * one["a.to_q"].up @ one["a.to_q"].down - 0.4 / 3 * two["a.to_q"].up @ two["a.to_q"].down
     torch.testing.assert_close(block.a["to_q"].delta(), expected)
-    torch.testing.assert_close(block.a["proj_in"].delta()[:, :, 0, 0], 0.7 * one["a.proj_in"].up[:, :, 0, 0] @ one["a.proj_in"].down[:, :, 0, 0])
+    torch.testing.assert_close(
+        block.a["proj_in"].delta()[:, :, 0, 0], 0.7 * one["a.proj_in"].up[:, :, 0, 0] @ one["a.proj_in"].down[:, :, 0, 0]
+    )
 
 
 def test_factors_stay_float32_beside_a_half_base():

@@ -22,7 +22,9 @@ def good(sd, tmp_path):
         base = sd.unet.get_submodule(path)
         kernel = (1, 1) if isinstance(base, torch.nn.Conv2d) else ()
         out, inside = base.weight.shape[:2]
-        factors[f"unet.{path}"] = layers.Factors(torch.randn(2, inside, *kernel, generator=g), torch.randn(out, 2, *kernel, generator=g), 2.0)
+        factors[f"unet.{path}"] = layers.Factors(
+            torch.randn(2, inside, *kernel, generator=g), torch.randn(out, 2, *kernel, generator=g), 2.0
+        )
     files.write(tmp_path / "good.safetensors", factors, files.kohya_metadata(2, 2.0))
     return tmp_path / "good.safetensors"
 
@@ -38,15 +40,21 @@ def changed(good, change):
     return good.with_name("changed.safetensors")
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda t: t.update({"lora_unet_no_such_module.lora_down.weight": torch.zeros(2, 2)}), "match no module of this model, first lora_unet_no_such_module"),
-    (lambda t: t.update({"stray_lora": torch.zeros(2)}), "match no module"),
-    (lambda t: t.update({next(iter(t)).split(".")[0] + ".dora_scale": torch.zeros(2)}), "match no module"),
-    (lambda t: t.pop(next(k for k in t if "lora_up" in k)), "both factors are needed"),
-    (lambda t: t.update({k: v.fill_(torch.nan) for k, v in t.items() if "lora_up" in k}), "NaN or infinity"),
-    (lambda t: t.update({k: torch.zeros(2, 99) for k in t if "to_q.lora_down" in k}), "of another model family"),
-    (lambda t: t.clear(), "holds no tensors"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.update({"lora_unet_no_such_module.lora_down.weight": torch.zeros(2, 2)}),
+            "match no module of this model, first lora_unet_no_such_module",
+        ),
+        (lambda t: t.update({"stray_lora": torch.zeros(2)}), "match no module"),
+        (lambda t: t.update({next(iter(t)).split(".")[0] + ".dora_scale": torch.zeros(2)}), "match no module"),
+        (lambda t: t.pop(next(k for k in t if "lora_up" in k)), "both factors are needed"),
+        (lambda t: t.update({k: v.fill_(torch.nan) for k, v in t.items() if "lora_up" in k}), "NaN or infinity"),
+        (lambda t: t.update({k: torch.zeros(2, 99) for k in t if "to_q.lora_down" in k}), "of another model family"),
+        (lambda t: t.clear(), "holds no tensors"),
+    ],
+)
 def test_refused(sd, good, change, message):
     """Unknown keys, half modules, NaN, foreign shapes and an empty file each raise one clear line."""
     with pytest.raises(ValueError, match=message) as error:

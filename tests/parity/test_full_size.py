@@ -34,7 +34,9 @@ def test_single_file_names_are_a_bijection(meta):
     assert "first_stage_model.decoder.up.3.upsample.conv.weight" in theirs
 
 
-@pytest.mark.parametrize(("targets", "unet_modules", "per_rank", "text_modules"), [("attention", 128, 199_296, 48), ("all", 192, 423_936, 72)])
+@pytest.mark.parametrize(
+    ("targets", "unet_modules", "per_rank", "text_modules"), [("attention", 128, 199_296, 48), ("all", 192, 423_936, 72)]
+)
 def test_lora_counts(targets, unet_modules, per_rank, text_modules):
     """LoRA covers kohya's module sets: 128 + 48 attention projections, or 192 + 72, with 199,296 or 423,936 parameters a rank."""
     with torch.device("meta"):

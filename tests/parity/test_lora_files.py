@@ -126,8 +126,13 @@ def test_we_load_diffusers(tiny, tmp_path, alpha):
     x, t, token_ids = inputs()
     with torch.no_grad():
         expected = pipe.unet(x, t, pipe.text_encoder(token_ids).last_hidden_state).sample
-    pipe.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(pipe.unet), text_encoder_lora_layers=get_peft_model_state_dict(
-        pipe.text_encoder), unet_lora_adapter_metadata=config.to_dict(), text_encoder_lora_adapter_metadata=text_config.to_dict())
+    pipe.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=get_peft_model_state_dict(pipe.unet),
+        text_encoder_lora_layers=get_peft_model_state_dict(pipe.text_encoder),
+        unet_lora_adapter_metadata=config.to_dict(),
+        text_encoder_lora_adapter_metadata=text_config.to_dict(),
+    )
     sd, factors, _ = load_into_fresh(tiny, tmp_path)
     assert len(factors) == 128 + 8
     torch.testing.assert_close(predict(sd), expected, rtol=0, atol=1e-5)

@@ -62,8 +62,12 @@ def test_step_equals_peft(tiny, targets):
 
     loss = (sd.unet(noisy, timesteps, sd.text_encoder(token_ids)) - noise).square().mean()
     loss.backward()
-    mine = {f"{name}.{path}.{kind}": getattr(layer, f"lora_{kind}").weight for name, network in (("unet", sd.unet), ("text_encoder", sd.text_encoder))
-            for path, layer in layers.lora_layers(network).items() for kind in ("down", "up")}
+    mine = {
+        f"{name}.{path}.{kind}": getattr(layer, f"lora_{kind}").weight
+        for name, network in (("unet", sd.unet), ("text_encoder", sd.text_encoder))
+        for path, layer in layers.lora_layers(network).items()
+        for kind in ("down", "up")
+    }
 
     reference_loss = (unet(noisy, timesteps, text(token_ids).last_hidden_state).sample - noise).square().mean()
     reference_loss.backward()
@@ -71,7 +75,9 @@ def test_step_equals_peft(tiny, targets):
     assert loss.item() == pytest.approx(reference_loss.item(), abs=1e-6)
     for key in mine:
         assert mine[key].grad.abs().max() > 0, key
-        torch.testing.assert_close(mine[key].grad, theirs[key].grad.reshape(mine[key].shape), rtol=1e-4, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            mine[key].grad, theirs[key].grad.reshape(mine[key].shape), rtol=1e-4, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}"
+        )
 
     settings = dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
     for parameters in (mine, theirs):

@@ -6,8 +6,15 @@ from safetensors.torch import load_file
 from lesion.sd import checkpoint
 
 TOLERANCE = 1e-5
-PROMPTS = ["a clinical photograph of a malignant skin lesion on light skin, dark brown with red, 6 to 9 mm across", "", "  Two   spaces\tand CAPS ",
-           "naïve café, 日本語 🙂 µm²", "it's 12.5% - \"quoted\"; don't", "lesion " * 120, "<|endoftext|> in the middle <|startoftext|>"]
+PROMPTS = [
+    "a clinical photograph of a malignant skin lesion on light skin, dark brown with red, 6 to 9 mm across",
+    "",
+    "  Two   spaces\tand CAPS ",
+    "naïve café, 日本語 🙂 µm²",
+    "it's 12.5% - \"quoted\"; don't",
+    "lesion " * 120,
+    "<|endoftext|> in the middle <|startoftext|>",
+]
 
 
 @pytest.fixture(scope="module", params=["folder", "single.safetensors"])

@@ -24,8 +24,12 @@ def test_gaussian_is_recovered():
     def noised(t):  # SD's schedule ends at abar 0.0047, not 0: start at the true marginal, not at N(0, 1)
         abar = ALPHAS_CUMPROD[t].item()
         return abar**0.5 * MEAN + (abar * STD**2 + 1 - abar) ** 0.5 * draw()
-    for name, x in {"ddim 0": samplers.ddim(exact_noise, noised(997), 250), "ddim 1": samplers.ddim(exact_noise, noised(999), 1000, 1.0, draw),
-                    "ddpm": samplers.ddpm(exact_noise, noised(999), 1000, draw), "dpmpp": samplers.dpmpp(exact_noise, noised(999), 250)}.items():
+    for name, x in {
+        "ddim 0": samplers.ddim(exact_noise, noised(997), 250),
+        "ddim 1": samplers.ddim(exact_noise, noised(999), 1000, 1.0, draw),
+        "ddpm": samplers.ddpm(exact_noise, noised(999), 1000, draw),
+        "dpmpp": samplers.dpmpp(exact_noise, noised(999), 250),
+    }.items():
         assert x.mean().item() == pytest.approx(MEAN, abs=4 * STD / COUNT**0.5), name
         assert x.std().item() == pytest.approx(STD, rel=4 / (2 * COUNT) ** 0.5 + 0.01), name
 
