@@ -81,8 +81,9 @@ class Remote:
 
     def _wait(self, idle: int, error: Exception | None) -> None:
         if idle >= TRIES - 1:
-            raise ValueError(f"{self.url}: no answer after {TRIES} tries ({error or 'the connection closed early'}): "
-                             "the same command goes on from here") from None
+            raise ValueError(f"{self.url}: no answer after {TRIES} tries "
+                             f"({type(error).__name__ if error else 'closed early'}): check the network; the same command "
+                             "goes on from here") from None
         time.sleep(self.pause_s * 2 ** min(idle, 4))
 
 
