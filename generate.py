@@ -88,7 +88,7 @@ def main(argv=None) -> None:
     loras = [(lora_files.find(path), weight, *lora_files.read(path, networks)) for path, weight in args.lora]
     combined = layers.combine([(factors, weight) for _, weight, factors, _ in loras])
     for name, network in networks.items():
-        layers.set_factors(network, training.of_network(combined, name))
+        layers.set_factors(network, layers.of_network(combined, name))
         layers.merge(network)
     base_sha256 = runtime.files_sha256(sd.files)
     trained = [metadata for *_, metadata in loras if {"lesion_resolution", "lesion_label", "lesion_base_sha256"} <= metadata.keys()]

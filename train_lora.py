@@ -89,7 +89,7 @@ def train(args) -> None:
     import numpy as np
     import torch
 
-    from lesion import pictures, runtime, training
+    from lesion import pictures, runtime, train_state, training
     from lesion.data import cache
     from lesion.sd import checkpoint, schedule
 
@@ -130,8 +130,8 @@ def train(args) -> None:
     model = training.distributed(training.Denoiser(sd.unet, sd.text_encoder), world, device)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    done, skipped = training.load_checkpoint(args.out, networks, optimizer, scaler) if args.resume else (0, 0)
-    log = training.Log(args, device, tiles.rows, done, batch)
+    done, skipped = train_state.load_checkpoint(args.out, networks, optimizer, scaler) if args.resume else (0, 0)
+    log = train_state.Log(args, device, tiles.rows, done, batch)
     first_rank and log.open(done)
     stopping = []
     for name in (signal.SIGINT, signal.SIGTERM):
@@ -203,7 +203,7 @@ def train(args) -> None:
             if done == args.steps or done % args.sample_every == 0:
                 sample(args.out / "samples" / f"step-{done:06d}.png")
             if last or done % args.checkpoint_every == 0:
-                training.save_checkpoint(args, networks, optimizer, scaler, done, skipped, recipe)
+                train_state.save_checkpoint(args, networks, optimizer, scaler, done, skipped, recipe)
             if not log.waiting:
                 log.restart_clock()
         if stopping:

@@ -133,19 +133,19 @@ def test_resume_equals_uninterrupted(tiny, data, tmp_path, monkeypatch):
         0.5,
     ]
     train(*flags(tiny, data, tmp_path / "whole", *recipe))
-    from lesion import training
-    real, calls = training.Log.step, []
+    from lesion import train_state
+    real, calls = train_state.Log.step, []
 
     def dies(self, done, *rest):
         calls.append(done)
         if done == 7:
             raise RuntimeError("power cut")
         real(self, done, *rest)
-    monkeypatch.setattr(training.Log, "step", dies)
+    monkeypatch.setattr(train_state.Log, "step", dies)
     with pytest.raises(RuntimeError, match="power cut"):
         train(*flags(tiny, data, tmp_path / "cut", *recipe))
     assert not (tmp_path / "cut" / "lora.safetensors").exists()
-    monkeypatch.setattr(training.Log, "step", real)
+    monkeypatch.setattr(train_state.Log, "step", real)
     shutil.rmtree(data / ".cache")  # nor does the latent cache matter
     train(*flags(tiny, data, tmp_path / "cut", *recipe, "--resume"))
     for name in ("metrics.jsonl", "checkpoint.safetensors", "lora.safetensors", "loss.png"):

@@ -9,15 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from lesion import files, training
+from lesion import files, train_state, training
 from lesion.lora import files as lora_files
 from lesion.lora import layers
 from lesion.sd import checkpoint
 
 
-def a_log(out: Path, done: int = 0) -> training.Log:
+def a_log(out: Path, done: int = 0) -> train_state.Log:
     rows = [{"file_name": f"images/{i}.jpg"} for i in range(3)]
-    return training.Log(SimpleNamespace(out=out), torch.device("cpu"), rows, done, 2)
+    return train_state.Log(SimpleNamespace(out=out), torch.device("cpu"), rows, done, 2)
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_its_log_again(tmp_path):
@@ -69,7 +69,7 @@ def test_a_non_finite_loss_is_never_logged(tmp_path):
 def test_quartiles():
     """Means over timesteps 0-249, 250-499, 500-749, 750-999; None, not NaN, where a quarter is empty."""
     error = torch.tensor([1.0, 3.0, 5.0, 7.0], dtype=torch.float64)
-    assert training.quartiles(error, torch.tensor([0, 249, 250, 999])) == {1: 2.0, 2: 5.0, 3: None, 4: 7.0}
+    assert train_state.quartiles(error, torch.tensor([0, 249, 250, 999])) == {1: 2.0, 2: 5.0, 3: None, 4: 7.0}
 
 
 def test_learning_rate():

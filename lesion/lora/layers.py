@@ -169,3 +169,13 @@ def unmerge(network: nn.Module) -> None:
     for layer in lora_layers(network).values():
         if layer.merged_from is not None:
             layer.weight.data, layer.merged_from = layer.merged_from, None
+
+
+def of_network(factors: dict, name: str) -> dict:
+    """The factors of one network, by module path."""
+    return {key.removeprefix(name + "."): value for key, value in factors.items() if key.startswith(name + ".")}
+
+
+def all_factors(networks: dict[str, nn.Module]) -> dict[str, Factors]:
+    """{"<network>.<path>": Factors} of several networks, as LoRA files name them."""
+    return {f"{name}.{path}": part for name, network in networks.items() for path, part in get_factors(network).items()}
