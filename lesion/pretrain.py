@@ -19,7 +19,7 @@ def parse(argv: list[str]):
     group = parser.add_argument_group("what")
     group.add_argument("--data", type=Path, required=True, help="prepared data set")
     group.add_argument("--out", type=Path, required=True, help="folder of the model: SD 1.5's layout, checkpoints, logs, samples")
-    group.add_argument("--stage", choices=("vae", "unet"), required=True, help="vae first, then unet (which reads OUT/vae)")
+    group.add_argument("--stage", choices=("vae", "unet", "check"), required=True, help="vae, then unet (reads OUT/vae); check measures")
     group.add_argument("--resume", action="store_true", help="go on from OUT's newest checkpoint")
     group = parser.add_argument_group("recipe")
     group.add_argument(
@@ -48,6 +48,10 @@ def main(argv: list[str]) -> None:
     runtime.keep_freed_memory()
     if args.stage == "vae":
         train_vae(args)
+    elif args.stage == "check":
+        from lesion import pretrain_check
+
+        pretrain_check.check(args)
     else:
         from lesion import pretrain_unet
         pretrain_unet.train(args)

@@ -1,5 +1,6 @@
 """`python -m lesion pretrain`: both stages run, resume to the bit, end in a folder that our loader and diffusers read."""
 import hashlib
+import json
 import shutil
 
 import numpy as np
@@ -133,3 +134,18 @@ def test_measures():
     assert pretrain.high_frequency_ratio(noise, noise) == pytest.approx(1)
     blurred = np.stack([np.asarray(Image.fromarray(i).resize((8, 8)).resize((64, 64))) for i in noise])
     assert pretrain.high_frequency_ratio(noise, blurred) < 0.05
+
+
+def test_check(data, tmp_path, capsys):
+    """--stage check reports the autoencoder beside the bicubic baseline, on split val alone."""
+    run("vae", data, tmp_path / "out")
+    rows = files.read_manifest(data)
+    seen = tmp_path / "val"
+    shutil.copytree(data, seen, ignore=shutil.ignore_patterns(".cache"))
+    files.write_manifest(seen, [{**row, "split": "val" if i < 4 else "train"} for i, row in enumerate(rows) if i < 24])
+    run("check", seen, tmp_path / "out")
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["tiles"] == 4
+    assert result["bicubic_8x"]["psnr_db"] > 20
+    assert set(result["vae"]) == {"psnr_db", "psnr_color_db", "high_frequency"}
+    assert (tmp_path / "out" / "samples" / "check-vae.png").is_file()
