@@ -77,6 +77,8 @@ def main(argv=None) -> None:
         if args.device == "auto" and torch.cuda.is_available():
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     where = runtime.device(args.device)
+    if where.type == "cpu":
+        runtime.keep_freed_memory()
     if args.precision == "auto":
         args.precision = "fp16" if where.type == "cuda" else "fp32"
     args.lr = args.lr or (1e-3 if args.weights == "none" else 1e-4)

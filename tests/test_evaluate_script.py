@@ -34,7 +34,7 @@ def results_of(folder):
 
 @pytest.mark.parametrize(("gain", "word"), [(2.0, "Supported"), (0.0, "Not distinguishable"), (-2.0, "Harmful")])
 def test_headline_follows_the_numbers(tmp_path, gain, word):
-    """Planted gain, no difference, planted loss: supported, not distinguishable, harmful, with the numbers beside it."""
+    """Planted gain, no difference, planted loss: supported, not distinguishable, harmful, with the numbers."""
     write_run(tmp_path, {"O1": 0.0, "S2": gain})
     results = results_of(tmp_path)
     text = report_classification.finding(results)
