@@ -1,0 +1,357 @@
+"""What people say about tiles, on disk: one journal per annotator, and the manifest that follows the primary one's.
+
+`DATA/labels/NAME.jsonl` holds every answer of NAME, appended and fsynced before the next tile shows
+(lesion.web.journal); nothing else is needed to know what was said. `metadata.jsonl` takes the primary annotator's
+answers: the first one who ever labelled the set, or whoever `--primary` names, kept in `labels/primary.json`. Other
+annotators' answers stay in their journals, for agreement. A row of the manifest that has an answer keeps what stood
+there before under `suggested`, so that another annotator is shown the measured suggestions, never a colleague's answers,
+and an undo restores it.
+
+Journal rows: `event` and a random `id`, with `tile` (its file name):
+    answer   `answers` {attribute: value, a list, or null for "cannot tell"},
+             `was` {attribute: accepted, corrected (there was a suggestion) or given (there was none)}
+    undo     `undoes`, the id of an answer row
+    flag     `flagged`, true or false
+    comment  `text`
+Proven by tests/web/test_label.py.
+"""
+import contextlib
+import os
+import re
+import statistics
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import combinations
+from pathlib import Path
+
+from lesion import files
+from lesion.data.prompts import NAMES, VOCABULARY, to_sentence, validate
+from lesion.web.journal import read_journal
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock between processes
+    fcntl = None
+
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+MAX_COMMENT = 1000  # characters
+PAUSE_S = 300  # a longer gap between two tiles is a pause, not work
+
+
+def check_annotator(name: str) -> str:
+    """`name` if it can be a file's name everywhere; ValueError otherwise."""
+    if not re.fullmatch(r"\w[\w.-]{0,39}", name) or name == "primary":
+        raise ValueError(f"annotator {name[:60]!r}: allowed are 1 to 40 letters, digits, _ . and -, beginning with a "
+                         "letter or digit, for example --annotator anna")
+    return name
+
+
+def journal_path(folder: Path, annotator: str) -> Path:
+    return Path(folder) / "labels" / f"{check_annotator(annotator)}.jsonl"
+
+
+def annotators(folder: Path) -> list[str]:
+    """Names of everyone with a journal in `folder`."""
+    return sorted(path.stem for path in (Path(folder) / "labels").glob("*.jsonl"))
+
+
+def select(folder: Path, label: str = "all", split: str = "all") -> tuple[list[dict], list[str]]:
+    """(rows of the tiles to label, in the manifest's order; one line for each thing that is amiss).
+
+    ValueError if `folder` is no data set, has a row with another label, or no tile of `label` and `split`.
+    """
+    rows, notes = files.read_manifest(folder), []
+    for number, row in enumerate(rows, 1):
+        if row.get("label") not in ("benign", "malignant"):
+            raise ValueError(f"{folder}/{files.MANIFEST}, row {number}: label {row.get('label')!r}, allowed are 'benign' "
+                             "and 'malignant'")
+    chosen = [row for row in rows if label in ("all", row["label"]) and split in ("all", row.get("split") or "train")]
+    what = " ".join(word for word in (label, split) if word != "all") or "any"
+    if not chosen:
+        counts = {each: sum(row["label"] == each for row in rows) for each in ("benign", "malignant")}
+        raise ValueError(f"{folder} has no {what} tile to label (it has {counts['benign']} benign and "
+                         f"{counts['malignant']} malignant): choose another --label or --split")
+    there = [row for row in chosen if (Path(folder) / row["file_name"]).is_file()]
+    if absent := len(chosen) - len(there):
+        first = next(row["file_name"] for row in chosen if row not in there)
+        notes.append(f"{absent} of {len(chosen)} tiles left out: no picture, the first is {first}")
+    if not there:
+        raise ValueError(f"{folder}: none of the {len(chosen)} {what} tiles has its picture, the first is "
+                         f"{chosen[0]['file_name']}: prepare the set again")
+    listed = {row["file_name"] for row in rows}
+    stray = sorted(str(path.relative_to(folder)) for path in (Path(folder) / "images").glob("*")
+                   if path.suffix.lower() in PICTURES and str(path.relative_to(folder)) not in listed)
+    if stray:
+        notes.append(f"{len(stray)} pictures left out: not in {files.MANIFEST}, the first is {stray[0]}")
+    return there, notes
+
+
+def suggestions(row: dict) -> dict:
+    """What was known of a tile before anyone labelled it, as far as the vocabulary has it."""
+    known = (row.get("suggested") or row).get("attributes") or {}
+    found = {}
+    for name in VOCABULARY:
+        if isinstance(known, dict) and known.get(name) is not None:
+            with contextlib.suppress(ValueError):
+                found = validate(found | {name: known[name]})
+    return found
+
+
+def settle(values: dict) -> dict:
+    """`values` with other colours that do not repeat the main one, and none without one."""
+    others, color = values.get("other_colors"), values.get("color")
+    if others and color in others:
+        values = values | {"other_colors": [other for other in others if other != color]}
+    if others is not None and "color" in values and color is None:
+        values = values | {"other_colors": None}
+    return values
+
+
+def check_row(row: dict) -> None:
+    """ValueError unless `row` is one of the journal's kinds (module docstring)."""
+    kinds = {"answer": ("tile", "answers"), "undo": ("undoes",), "flag": ("tile", "flagged"),
+             "comment": ("tile", "text")}
+    kind = row.get("event")
+    if not isinstance(kind, str) or kind not in kinds or not all(key in row for key in ("id", *kinds[kind])):
+        raise ValueError("not a row of the labelling app")
+    if not all(isinstance(row.get(key, ""), str) for key in ("id", "tile", "undoes", "text", "time")):
+        raise ValueError("id, tile, undoes, text and time must be text")
+    if kind == "answer":
+        check_answers(row["answers"])
+        was = row.get("was", {})
+        if not isinstance(was, dict) or not all(isinstance(word, str) for word in was.values()):
+            raise ValueError("was must be an object of attribute: word")
+
+
+def check_answers(answers: object) -> None:
+    """ValueError unless {attribute: value of the vocabulary, or null}."""
+    if not isinstance(answers, dict) or not answers:
+        raise ValueError("answers must be an object of attribute: value")
+    for name, value in answers.items():
+        beside = {}
+        if name == "other_colors" and isinstance(value, list):  # any main colour that it does not repeat
+            beside = {"color": next((color for color in NAMES["color"] if color not in value), "white")}
+        validate({} if value is None and name in VOCABULARY else beside | {name: value})
+
+
+# ------------------------------------------------------------------------------------ one annotator's answers
+
+@dataclass
+class Tile:
+    """What one annotator has said of one tile."""
+    rows: list[dict] = field(default_factory=list)  # the answer rows in force, oldest first
+    answers: dict = field(default_factory=dict)     # attribute -> value, None for "cannot tell"
+    was: dict = field(default_factory=dict)         # attribute -> accepted, corrected or given
+    flagged: bool = False
+    comment: str = ""
+    revision: int = 0                               # events so far: a page that knows fewer is out of date
+
+    def is_complete(self) -> bool:
+        return len(self.answers) == len(VOCABULARY)
+
+
+class Labels:
+    """One annotator's answers: the journal's rows, replayed."""
+
+    def __init__(self, rows: list[dict] = ()):
+        self.tiles: dict[str, Tile] = {}
+        self.history: list[dict] = []  # answer rows in force, over all tiles: what undo takes back, last first
+        self.ids: set[str] = set()
+        self.times: list[datetime] = []  # when a tile became complete
+        self.last: str | None = None     # the tile of the last answer or undo
+        for row in rows:
+            self.add(row)
+
+    def tile(self, name: str) -> Tile:
+        return self.tiles.setdefault(name, Tile())
+
+    def add(self, row: dict) -> None:
+        """Take one row of the journal into account."""
+        self.ids.add(row["id"])
+        if row["event"] == "undo":
+            places = reversed(range(len(self.history)))
+            place = next((n for n in places if self.history[n]["id"] == row["undoes"]), None)
+            if place is None:
+                return  # its answer was lost with a damaged line
+            gone = self.history.pop(place)
+            tile = self.tile(gone["tile"])
+            tile.rows = [kept for kept in tile.rows if kept["id"] != gone["id"]]
+            self.last = gone["tile"]
+        else:
+            tile = self.tile(row["tile"])
+        tile.revision += 1
+        if row["event"] == "flag":
+            tile.flagged = bool(row["flagged"])
+        elif row["event"] == "comment":
+            tile.comment = row["text"]
+        else:
+            if row["event"] == "answer":
+                self.history.append(row)
+                tile.rows.append(row)
+                self.last = row["tile"]
+            self._merge(tile, row)
+
+    def _merge(self, tile: Tile, row: dict) -> None:
+        before = tile.is_complete()
+        tile.answers, tile.was = {}, {}
+        for each in tile.rows:
+            tile.answers |= each["answers"]
+            tile.was |= each.get("was", {})
+        tile.answers = settle(tile.answers)
+        if tile.is_complete() and not before:
+            with contextlib.suppress(ValueError):
+                self.times.append(datetime.fromisoformat(row.get("time", "")))
+
+    def seconds_per_tile(self) -> float | None:
+        """Median of the last 30 gaps between finished tiles, pauses left out; None before there are three."""
+        gaps = [(b - a).total_seconds() for a, b in zip(self.times, self.times[1:]) if b.tzinfo and a.tzinfo]
+        gaps = [gap for gap in gaps if 0 <= gap < PAUSE_S][-30:]
+        return statistics.median(gaps) if len(gaps) >= 3 else None
+
+
+def proposals(suggested: dict, answers: dict) -> dict:
+    """The suggestions as they stand beside the answers: where another main colour was named, the other colours lose it,
+    and gain the one it replaced; with "cannot tell" as the main colour there is no suggestion for the others."""
+    out = dict(suggested)
+    if "other_colors" in out:
+        color, others = answers.get("color", suggested["color"]), suggested["other_colors"]
+        if color in others:
+            others = [name for name in NAMES["color"] if name != color and name in (*others, suggested["color"])]
+        out["other_colors"] = others
+        if color is None:
+            del out["other_colors"]
+    return out
+
+
+def attributes_of(suggested: dict, answers: dict) -> dict:
+    """The tile's attributes: answers where there are any, else the suggestions; "cannot tell" leaves one out."""
+    values = settle(proposals(suggested, answers) | answers)
+    known = {name: value for name, value in values.items() if value is not None}
+    if "color" not in known:
+        known.pop("other_colors", None)
+    return validate(known)
+
+
+# ------------------------------------------------------------------------------------ the manifest
+
+def primary(folder: Path) -> str | None:
+    """Whose answers the manifest takes; None before anyone labelled."""
+    path = Path(folder) / "labels" / "primary.json"
+    return check_annotator(str(files.read_json(path).get("primary"))) if path.exists() else None
+
+
+def set_primary(folder: Path, annotator: str) -> None:
+    files.write_json(Path(folder) / "labels" / "primary.json", {"primary": check_annotator(annotator)})
+
+
+def sync(folder: Path) -> bool:
+    """Bring `metadata.jsonl` up to date with the primary annotator's journal; whether it had to be rewritten.
+
+    One process at a time; all that others have written into the manifest meanwhile is kept.
+    """
+    name = primary(folder)
+    if name is None:
+        return False
+    with _locked(Path(folder) / "labels" / "manifest.lock"):
+        labels = Labels(read_journal(journal_path(folder, name), check_row)[0])
+        before = files.read_manifest(folder)
+        after = [labelled(row, labels.tiles.get(row["file_name"]), name) for row in before]
+        if after == before:
+            return False
+        files.write_manifest(folder, after)
+        return True
+
+
+def labelled(row: dict, tile: Tile | None, annotator: str) -> dict:
+    """A manifest row with what `annotator` said of it; the row of before where nothing is said (any more)."""
+    out = {key: value for key, value in row.items() if key not in ("suggested", "annotator", "flagged", "comment")}
+    original = row.get("suggested") or {key: row[key] for key in ("attributes", "text") if key in row}
+    if "suggested" in row:
+        out = {key: value for key, value in out.items() if key not in ("attributes", "text")} | original
+    elif tile is None:
+        return row
+    if tile and tile.answers:
+        attributes = attributes_of(suggestions(row), tile.answers)
+        out |= {"text": to_sentence(row["label"], attributes), "attributes": attributes, "suggested": original,
+                "annotator": annotator}
+    if tile and tile.flagged:
+        out["flagged"] = True
+    if tile and tile.comment:
+        out["comment"] = tile.comment
+    return out
+
+
+@contextlib.contextmanager
+def _locked(path: Path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if fcntl:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+# ------------------------------------------------------------------------------------ results
+
+def export_captions(folder: Path, rows: list[dict], out: Path | None = None) -> int:
+    """Write each row's `text` as a kohya sidecar, NAME.txt, in `out` or beside the picture; how many there are.
+
+    ValueError if two pictures would share a sidecar, or none has a text.
+    """
+    texts = {}
+    for row in rows:
+        if row.get("text"):
+            picture = Path(folder) / row["file_name"]
+            path = (Path(out) / picture.name if out else picture).with_suffix(".txt")
+            if path in texts:
+                raise ValueError(f"{path} would be the caption of two pictures, {row['file_name']} and another: leave "
+                                 "DIR out to write them beside the pictures")
+            texts[path] = (row["text"] + "\n").encode()
+    if not texts:
+        raise ValueError(f"{folder}: none of the {len(rows)} tiles has a text: label some first")
+    for path, text in texts.items():
+        if not path.exists() or path.read_bytes() != text:
+            files.write_bytes(path, text)
+    return len(texts)
+
+
+def agreement(folder: Path) -> list[dict]:
+    """Cohen's kappa for each attribute and pair of annotators, over the tiles both have answered.
+
+    "Cannot tell" counts as an answer. An attribute with several values counts each value's yes or no as one decision.
+    Rows: first, second, attribute, tiles, agree (share of equal answers), kappa (None where both only gave one answer).
+    ValueError with fewer than two annotators.
+    """
+    import numpy as np
+
+    from lesion.metrics.reader_study import cohen_kappa
+    names = annotators(folder)
+    if len(names) < 2:
+        raise ValueError(f"{folder} has answers of {len(names)} annotator{'s' * (len(names) != 1)}: agreement needs two, "
+                         "each labelling with a name of their own (--annotator)")
+    said = {name: Labels(read_journal(journal_path(folder, name), check_row)[0]).tiles for name in names}
+    table = []
+    for first, second in combinations(names, 2):
+        for attribute in VOCABULARY.values():
+            pairs = [(tile.answers[attribute.name], said[second][key].answers[attribute.name])
+                     for key, tile in said[first].items() if attribute.name in tile.answers and key in said[second]
+                     and attribute.name in said[second][key].answers]
+            a, b = (np.array([_codes(attribute, pair[n]) for pair in pairs]).ravel() for n in (0, 1))
+            table.append({"first": first, "second": second, "attribute": attribute.name, "tiles": len(pairs),
+                          "agree": float((a == b).mean()) if len(pairs) else None,
+                          "kappa": cohen_kappa(a, b) if len(pairs) else None})
+    return table
+
+
+def _codes(attribute, value) -> list[int]:
+    """The answer as numbers: one, or a yes/no for each value of a `many` attribute; -1 is "cannot tell"."""
+    values = [each.name for each in attribute.values]
+    if attribute.many:
+        return [-1 if value is None else int(each in value) for each in values]
+    return [-1 if value is None else values.index(value)]
