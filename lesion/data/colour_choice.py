@@ -7,6 +7,8 @@ Two questions, one row a normalisation:
   for the ResNet): out-of-fold on the training tiles (5 folds, averaged over repeats; tiles without patient ids may have
   a patient-mate in another fold, alike for every row) and on the held-out val tiles, whose patients are others.
   Differences to "none" are paired, with a stratified bootstrap 95 % interval.
+On 8,980 ISIC 2024 tiles the grey-world family gains .007 to .014 of AUROC over the folds and loses skin tone (17 to 25 %
+of tiles stay in their ITA group); skin-locus keeps it (89 %) and gains nothing that can be told from chance: hence none.
 """
 from pathlib import Path
 
