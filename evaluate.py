@@ -1,6 +1,6 @@
 """Make the report: report.html (self-contained), report.md, results.json and the figures.
 
-    python evaluate.py --classify runs/classify --data data/isic2024 --out report
+    python evaluate.py --classify runs/classify --data data/isic2024 --synthetic runs/synthetic --out report
 
 Everything is recomputed from what the other commands wrote (predictions.csv and their like); nothing is trained.
 """
@@ -14,23 +14,37 @@ def parse(argv=None):
     parser = cli.Parser(prog="evaluate.py", description=__doc__.split("\n\n")[0])
     group = parser.add_argument_group("what to report (each part is left out without its folder)")
     group.add_argument("--classify", type=Path, metavar="RUN", help="run folder of classify.py")
-    group.add_argument("--data", type=Path, help="prepared data set, for the subgroups")
+    group.add_argument("--data", type=Path, help="prepared data set, for the subgroups and the pictures")
+    group.add_argument("--synthetic", type=Path, nargs="+", metavar="DIR", help="folders of generate.py, side by side")
+    group.add_argument("--runs", type=Path, nargs="+", metavar="RUN", default=[],
+                       help="run folders of train_lora.py, for the learning curves beside --synthetic")
     group.add_argument("--study", type=Path, metavar="DIR", help="study folder of `python -m lesion study`")
     group.add_argument("--confusion", nargs=2, choices=list(experiments.ARMS), default=["W1", "S2"], metavar="ARM",
                        help="two arms whose confusion matrices are drawn")
     group = parser.add_argument_group("output")
     group.add_argument("--title", default="Synthetic skin lesions: are they useful?", help="heading of the report")
     group.add_argument("--out", type=Path, default=Path("report"), help="folder; an older report in it is replaced")
+    group.add_argument("--drop-copies", type=Path, metavar="DIR",
+                       help="also write the --synthetic folders without copies of training tiles to DIR/<name>")
     return parser.parse_args(argv)
 
 
 def main(argv=None) -> None:
     args = parse(argv)
-    if not (args.classify or args.study):
-        raise ValueError("nothing to report: give --classify RUN (a run folder of classify.py) or --study DIR")
-    from lesion import plots, report, report_classification, report_readers
+    if not (args.classify or args.study or args.synthetic):
+        raise ValueError("nothing to report: give --classify RUN (a run folder of classify.py), --synthetic DIR or "
+                         "--study DIR")
+    if args.synthetic and not args.data:
+        raise ValueError("--synthetic DIR is compared with real tiles: give --data, the data set its LoRA learnt from")
+    if (args.runs or args.drop_copies) and not args.synthetic:
+        raise ValueError("--runs and --drop-copies concern synthetic tiles: give --synthetic DIR too")
+    from lesion import plots, report, report_classification, report_pictures, report_readers
     blocks, results, figures = [], {}, {}
 
+    if args.synthetic:
+        part, found, drawn = report_pictures.build(args.synthetic, args.data, args.classify, args.runs,
+                                                   args.drop_copies, cli.progress)
+        blocks, results, figures = blocks + part, results | {"pictures": found}, figures | drawn
     if args.classify:
         part, found, drawn = report_classification.build(args.classify, args.data, tuple(args.confusion))
         blocks, results, figures = blocks + part, results | {"classification": found}, figures | drawn
@@ -42,6 +56,8 @@ def main(argv=None) -> None:
     for stem, figure in figures.items():
         plots.save(figure, args.out / "figures", stem)
     report.write(args.out, args.title, blocks, results)
+    if args.synthetic:
+        print(report_pictures.finding(results["pictures"]))
     if args.classify:
         print(report_classification.finding(results["classification"]))
     if args.study:
