@@ -37,7 +37,7 @@ ARMS = {
 CONTRASTS = {
     ("A1", "S2"): "synthetic tiles added",
     ("W1", "S2w"): "synthetic tiles added under a weighted loss",
-    ("O1", "S2"): "synthetic tiles in place of the real ones a second time (same class balance)",
+    ("O1", "S2"): "synthetic tiles in place of the real ones a second time, at the same class balance",
 }
 
 

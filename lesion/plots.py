@@ -73,6 +73,7 @@ def forest(rows: list[dict], metrics: dict[str, str]) -> Figure:
                           markersize=7)
             reach = max([abs(row["metrics"][name][end] or 0) for row in rows for end in ("low", "high")] + [0.01]) * 1.1
             axis.set(title=title, xlim=(-reach, reach))
+            axis.locator_params(axis="x", nbins=4)
             axis.tick_params(axis="x", labelsize=8)
         axes[0].set(yticks=range(len(rows)), yticklabels=[f"{row['first']} → {row['second']}" for row in rows],
                     ylim=(len(rows) - 0.5, -0.5))

@@ -122,7 +122,12 @@ def _plain(text):
 
 def number(value: float | None, digits: int = 3) -> str:
     """"0.812"; a dash where there is no value."""
-    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
+    return "–" if value is None else _minus(f"{value:.{digits}f}")
+
+
+def _minus(text):
+    """The typographic minus, and no sign on a zero."""
+    return text.replace("-", "−") if text.strip("+-0.") else text.lstrip("+-")
 
 
 def interval(row: dict, key: str = "mean", digits: int = 3) -> str:
@@ -131,16 +136,15 @@ def interval(row: dict, key: str = "mean", digits: int = 3) -> str:
         return "–"
     if row["low"] is None:
         return number(row[key], digits)
-    return f"{number(row[key], digits)} [{number(row['low'], digits)}, {number(row['high'], digits)}]"
+    return f"{number(row[key], digits)} [{number(row['low'], digits)},\u00a0{number(row['high'], digits)}]"
 
 
 def difference(row: dict, digits: int = 3) -> str:
     """"+0.012 [−0.020, +0.044]" of a row with difference, low and high."""
     if row["difference"] is None:
         return "–"
-    middle, *ends = (f"{row[key]:+.{digits}f}".replace("-", "−") for key in ("difference", "low", "high")
-                     if row[key] is not None)
-    return f"{middle} [{', '.join(ends)}]" if len(ends) == 2 else middle
+    middle, *ends = (_minus(f"{row[key]:+.{digits}f}") for key in ("difference", "low", "high") if row[key] is not None)
+    return f"{middle} [{ends[0]},\u00a0{ends[1]}]" if ends else middle
 
 
 def p_value(value: float | None) -> str:

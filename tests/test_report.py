@@ -73,10 +73,11 @@ def test_nan_is_refused(written):
 def test_numbers():
     """Fixed digits, a true minus sign, a dash for no value, p as journals print it."""
     assert report.number(-0.0123) == "−0.012"
+    assert report.number(-0.0001) == "0.000"
     assert report.number(None) == "–"
-    assert report.interval({"mean": 0.5, "low": 0.4, "high": 0.61}, digits=2) == "0.50 [0.40, 0.61]"
+    assert report.interval({"mean": 0.5, "low": 0.4, "high": 0.61}, digits=2) == "0.50 [0.40,\u00a00.61]"
     assert report.interval({"mean": None, "low": None, "high": None}) == "–"
-    assert report.difference({"difference": 0.1, "low": -0.2, "high": 0.4}) == "+0.100 [−0.200, +0.400]"
+    assert report.difference({"difference": 0.1, "low": -0.2, "high": 0.4}) == "+0.100 [−0.200,\u00a0+0.400]"
     assert [report.p_value(p) for p in (None, 0.0004, 0.0312, 0.5, 1.0)] == ["–", "< .001", ".031", ".500", "1"]
 
 

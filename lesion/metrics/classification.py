@@ -18,7 +18,7 @@ METRICS = {
     "precision_chosen": "precision at the chosen threshold",
     "recall_spec90": "recall at 90 % specificity",
     "recall_spec95": "recall at 95 % specificity",
-    "pauc": "pAUC (TPR >= 80 %)",
+    "pauc": "pAUC (TPR ≥ 80 %)",
     "brier": "Brier score",
     "ece": "ECE",
 }

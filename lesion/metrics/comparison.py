@@ -25,7 +25,8 @@ def analyse(runs: dict, contrasts: dict, resamples: int = inference.RESAMPLES, s
     first = next(iter(next(iter(runs.values())).values()))
     labels, patients = first.labels, first.patients
     weights = inference.patient_resamples(labels, patients, resamples, seed)
-    carriers = int(len(np.unique(np.arange(len(labels))[labels == 1] if patients is None else patients[labels == 1])))
+    units = np.arange(len(labels)) if patients is None else patients
+    carriers, healthy = (len(np.unique(units[labels == value])) for value in (1, 0))
     drawn = {arm: {k: inference.bootstrap(labels, [run.scores], [run.thresholds], weights) for k, run in seeds.items()}
              for arm, seeds in runs.items()}
     pairs = [(pair, sorted(runs[pair[0]].keys() & runs[pair[1]].keys())) for pair in contrasts
@@ -36,19 +37,19 @@ def analyse(runs: dict, contrasts: dict, resamples: int = inference.RESAMPLES, s
     return {"tiles": len(labels), "malignant": int(labels.sum()), "prevalence": float(labels.mean()),
             "patients": None if patients is None else int(len(np.unique(patients))), "carriers": carriers,
             "resamples": resamples, "contrasts": rows,
-            "arms": {arm: _arm(runs[arm], drawn[arm], carriers, resamples, seed) for arm in runs}}
+            "arms": {arm: _arm(runs[arm], drawn[arm], carriers, healthy, resamples, seed) for arm in runs}}
 
 
-def _arm(seeds, drawn, carriers, resamples, seed):
+def _arm(seeds, drawn, carriers, healthy, resamples, seed):
     weights = inference.seed_resamples(len(seeds), resamples, seed)
     plain = [classification.evaluate(run.labels, run.scores, run.thresholds) for run in seeds.values()]
     metrics = {}
     for name in classification.METRICS:
         values = np.array([value[name][0] for value in plain])
         distribution = inference.mean_over_seeds(np.concatenate([drawn[k][name] for k in seeds]), weights)
-        ceiling = 0.2 if name == "pauc" else 1.0
-        mean = values.mean()
-        low, high = inference.interval(mean, distribution, carriers, ceiling) or (None, None)
+        ceiling, mean = 0.2 if name == "pauc" else 1.0, values.mean()
+        rate_of = healthy if name.startswith("specificity") else carriers
+        low, high = inference.interval(mean, distribution, carriers, ceiling, rate_of) or (None, None)
         metrics[name] = {"mean": _number(mean), "low": low, "high": high, "per_seed": [*map(_number, values)]}
     counts = {name: _mean_counts([classification.confusion(run.labels, run.scores, run.thresholds if chosen else 0.5)
                                   for run in seeds.values()]) for name, chosen in (("50", False), ("chosen", True))}

@@ -234,5 +234,6 @@ def test_metrics_without_a_value_have_no_interval():
     assert inference.difference_interval(draws, 20) is None
     assert inference.interval(float("nan"), np.full(100, 0.5), 20) is None
     assert inference.interval(0.0, np.zeros(100), 20) == pytest.approx(inference.clopper_pearson(0, 20))
+    assert inference.interval(1.0, np.ones(100), 20, carriers=500) == pytest.approx(inference.clopper_pearson(500, 500))
     low, high = inference.interval(0.2, np.full(100, 0.2), 20, ceiling=0.2)
     assert (low, high) == pytest.approx((0.2 * inference.clopper_pearson(20, 20)[0], 0.2))
