@@ -6,14 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from tiny_tiles import write_set, write_synthetic
 
 import classify
 from lesion import files, predictions
+
+ROOT = Path(__file__).resolve().parent.parent
 
 QUICK = ["--arch", "resnet18", "--weights", "none", "--image-size", "32", "--epochs", "2", "--batch-size", "16",
          "--device", "cpu", "--seeds", "1", "--save-weights", "none"]

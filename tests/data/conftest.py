@@ -1,5 +1,0 @@
-"""Lets the tests here import layouts.py, whatever pytest's import mode."""
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
