@@ -42,12 +42,12 @@ function showOptions() {
   const options = attribute.values.map((value) => ({ ...value, on: asked.answered && has(asked.value, value.name),
     suggested: has(asked.suggestion, value.name), disabled: value.name === main }));
   if (attribute.many) {
-    options.push({ name: "none", key: "0", help: "", on: asked.answered && asked.value?.length === 0,
+    options.push({ name: "none", key: "0", help: "", half: true, on: asked.answered && asked.value?.length === 0,
       suggested: asked.suggestion?.length === 0 });
   }
-  options.push({ name: "cannot tell", key: "U", help: "", on: asked.answered && asked.value === null, plain: true });
+  options.push({ name: "cannot tell", key: "U", help: "", on: asked.answered && asked.value === null, plain: true, half: attribute.many });
   $("options").replaceChildren(...options.map((option) => {
-    const button = element("button", "", [option.suggested ? "suggested" : "", option.plain ? "plain" : ""].join(" ").trim());
+    const button = element("button", "", [option.suggested ? "suggested" : "", option.plain ? "plain" : "", option.half ? "half" : ""].join(" ").trim());
     button.type = "button";
     button.dataset.key = option.key;
     button.disabled = Boolean(option.disabled);
@@ -60,7 +60,7 @@ function showOptions() {
     if (option.help) button.append(element("span", option.help, "help"));
     return button;
   }));
-  $("hint").textContent = attribute.many ? "A number answers with that one alone. Several: Shift and each number, then Space; or tap them." : "";
+  $("hint").textContent = attribute.many ? "One: its number. Several: Shift with each number, then Space." : "";
 }
 
 function showAnswers() {
@@ -118,7 +118,7 @@ const kinds = () => state.normalised ? ["normalised", "original"] : ["original"]
 
 async function showPictures() {
   $("normalised").hidden = !state.normalised;
-  $("normalised").querySelector("figcaption").textContent = `as the networks see it (${state.normalised})`;
+  $("normalised").querySelector("figcaption").textContent = `normalised (${state.normalised})`;
   $("original").querySelector("figcaption").textContent = state.normalised ? "as photographed" : "";
   const name = `The ${state.label} tile ${state.name}`;
   await Promise.all(kinds().map(async (kind) => {
@@ -142,8 +142,8 @@ async function showPictures() {
 }
 
 function layOut() { // whole screen pixels for each pixel of the tile, as large as fits
-  const room = $("pictures").clientWidth - 34, count = kinds().length;
-  const wide = window.innerWidth > 1000;
+  const wide = window.innerWidth > 1000, stacked = window.innerWidth <= 620;
+  const room = $("pictures").clientWidth - 34, count = stacked ? 1 : kinds().length;
   const most = Math.min((room - 20 * (count - 1)) / count, Math.max(256, window.innerHeight - (wide ? 370 : 760)), 720);
   for (const kind of kinds()) {
     const image = $(kind).querySelector("img"), box = $(kind).querySelector(".window"), ruler = $(kind).querySelector(".ruler");
@@ -201,7 +201,7 @@ async function show(next, first = false) {
   showAnswers();
   showRest();
   const asked = question(), done = state.done === state.total;
-  const spoken = asked.answered ? `${words(asked.value)}, ${asked.was}` : asked.suggestion === null ? "no suggestion" : `suggested: ${words(asked.suggestion)}`;
+  const spoken = asked.answered ? `${words(asked.value)}, ${asked.was}` : asked.suggestion === null ? "no suggestion" : `suggested ${words(asked.suggestion)}`;
   say(state.trouble || (done ? `All ${state.total} tiles are labelled and saved. You can go back to any, or close this page.` :
     `${moved ? $("place").textContent + ". " : ""}${byName[state.active].title}: ${spoken}.`), Boolean(state.trouble));
   if (moved) {
@@ -232,10 +232,14 @@ async function talk(url, settings = { headers: { Accept: "application/json" } })
         const next = await reply.json();
         if (reply.ok || reply.status === 409) {
           await show(next);
-          if (next.error) say(`Not taken: ${next.error}.`, true);
+          if (next.error) {
+            waiting = []; // meant for the questions that this answer would have brought
+            say(`Not taken: ${next.error}.`, true);
+          }
           return reply.ok;
         }
         if (reply.status < 500) {
+          waiting = [];
           say(next.error, true);
           return false;
         }
