@@ -8,6 +8,7 @@ Proven by tests/data/test_attributes.py: ITA vectors, shapes of known geometry, 
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from PIL import Image
 from scipy import ndimage
 from scipy.spatial import ConvexHull
 from skimage.measure import find_contours
+from threadpoolctl import threadpool_limits
 
 from lesion.data.prompts import NAMES, validate
 from lesion.data.segment import MM, SIDE, Segment, segment
@@ -24,12 +26,14 @@ from lesion.data.segment import MM, SIDE, Segment, segment
 # The others are set so that no class holds under 10 % of real training tiles (figures in the tests' docstring).
 ITA_EDGES = (55.0, 41.0, 28.0, 10.0, -30.0)      # degrees, falling: very light ... dark
 SIZE_EDGES = (3.0, 4.0, 6.0, 9.0)                # mm
-ASYMMETRY_EDGE = 0.16
-BORDER_EDGE = 0.085
-EDGE_WIDTH_EDGE = 1.4                            # mm
+ASYMMETRY_EDGE = 0.19
+BORDER_EDGE = 0.12
+EDGE_WIDTH_EDGE = 0.9                            # mm
 ROUND_EDGE = 0.75                                # short over long axis
 OTHER_COLOR_SHARE = 0.10                         # of the lesion: less is not named
-SEEN = 0.2                                       # mask confidence under which the lesion is left undescribed
+# 3D-TBP columns without natural edges: the share of tiles below the edge, as the pixel measures split the same tiles
+BINNED = {"tbp_lv_symm_2axis": 0.5, "tbp_lv_eccentricity": 0.4, "tbp_lv_area_perim_ratio": 0.8, "tbp_lv_norm_border": 0.5}
+SEEN = 0.25                                      # mask confidence under which the lesion is left undescribed
 
 
 def lesion_mask(image_u8: np.ndarray) -> np.ndarray:
@@ -57,7 +61,7 @@ def measure(image_u8: np.ndarray) -> dict:
     contour = _contour(part)
     if contour is None:
         return out
-    seen = float(1 / (1 + np.exp(-(part.score - 6.0) / 1.5)))
+    seen = float(1 / (1 + np.exp(-(part.score - 3.2) / 0.4)))
     y, x = np.nonzero(part.mask)
     out |= outline_of(contour) | {"mask_fraction": float(part.mask.mean()), "area_mm2": float(part.mask.sum() * MM ** 2)}
     out["offset_mm"] = float(np.hypot(x.mean() - (SIDE - 1) / 2, y.mean() - (SIDE - 1) / 2) * MM)
@@ -93,28 +97,38 @@ def _contour(part: Segment) -> np.ndarray | None:
 
 
 def outline_of(contour: np.ndarray) -> dict:
-    """Diameter (longest distance between hull points), axis ratio, and irregularity: the standard deviation of the border's
-    distance from the centre once its best ellipse is made a unit circle, so that 0 is an ellipse."""
-    step = np.linalg.norm(np.diff(contour, axis=0), axis=1)
-    points = contour[:-1]
-    hull = points[ConvexHull(points).vertices]
-    diameter = np.sqrt(((hull[:, None] - hull[None]) ** 2).sum(-1).max())
-    centered = points - np.average(points, axis=0, weights=step)
-    values, vectors = np.linalg.eigh((centered * step[:, None]).T @ centered / step.sum())
-    radius = np.linalg.norm(centered @ vectors / np.sqrt(values), axis=1)
-    radius /= np.average(radius, weights=step)
-    return {"diameter_mm": float(diameter), "axis_ratio": float(np.sqrt(values[0] / values[1])),
-            "irregularity": float(np.sqrt(np.average((radius - 1) ** 2, weights=step)))}
+    """`diameter_mm`, `axis_ratio` and `irregularity` of a closed contour [n,2] in mm (first point repeated at the end).
+
+    Diameter = longest distance between points. The best ellipse is that of the area's second moments; irregularity = standard
+    deviation along the border of its distance from the centre, once that ellipse is made a unit circle: 0 for any ellipse.
+    """
+    y, x = contour.T
+    cross = x[:-1] * y[1:] - x[1:] * y[:-1]                      # Green's theorem: moments of the area from its border
+    area = cross.sum() / 2
+    center = np.array([((q[:-1] + q[1:]) * cross).sum() / (6 * area) for q in (y, x)])
+    (y0, x0), (y1, x1) = (contour[:-1] - center).T, (contour[1:] - center).T
+    yy, xx = (((q0 * q0 + q0 * q1 + q1 * q1) * cross).sum() / (12 * area) for q0, q1 in ((y0, y1), (x0, x1)))
+    yx = ((x0 * y1 + 2 * x0 * y0 + 2 * x1 * y1 + x1 * y0) * cross).sum() / (24 * area)
+    values, vectors = np.linalg.eigh([[yy, yx], [yx, xx]])
+    values = np.maximum(values, 1e-6)
+    radius = np.linalg.norm((contour[:-1] - center) @ vectors / np.sqrt(values), axis=1)
+    weight = np.hypot(y1 - y0, x1 - x0) + np.hypot(y0 - np.roll(y0, 1), x0 - np.roll(x0, 1))
+    radius /= np.average(radius, weights=weight)
+    hull = contour[ConvexHull(contour[:-1]).vertices]
+    return {"diameter_mm": float(np.sqrt(((hull[:, None] - hull[None]) ** 2).sum(-1).max())),
+            "axis_ratio": float(np.sqrt(values[0] / values[1])),
+            "irregularity": float(np.sqrt(np.average((radius - 1) ** 2, weights=weight)))}
 
 
 def asymmetry_of(delta: np.ndarray, mask: np.ndarray) -> float:
     """Fold the lesion's visibility p on an axis through the mask's centroid: sum |p - mirrored p| / (2 sum p), mean over two
     axes at right angles, at the best of six turns of that cross: 0 = mirror symmetric, 1 = nothing matches.
 
-    p = |CIELAB difference to the skin| `delta` [H,W,3] inside `mask` [H,W], blurred by 1.5 pixels: shape and pigment both count.
+    p = |CIELAB difference to the skin|: `delta` [128,128,3] inside `mask` [128,128], halved in size: shape and pigment count.
     """
-    pigment = np.linalg.norm(ndimage.gaussian_filter(delta, (1.5, 1.5, 0), truncate=2.5), axis=-1) * mask
-    y, x = np.nonzero(mask)
+    delta, mask = (part.reshape(64, 2, 64, 2, -1).mean((1, 3)) for part in (delta, mask))
+    pigment = np.linalg.norm(delta, axis=-1) * mask[..., 0]
+    y, x = np.nonzero(mask[..., 0])
     cy, cx = y.mean(), x.mean()
     side = int(np.ceil(np.hypot(y - cy, x - cx).max())) + 2
     step = max(1.0, side / 24)
@@ -161,8 +175,8 @@ def color_names(lab: np.ndarray, skin: np.ndarray) -> np.ndarray:
         light < np.minimum(23, 0.5 * skin[0]),
         (d_light > 3) & (chroma < np.hypot(skin[1], skin[2])),
         (b < 8) & (d_b < -6) | (d_b < -9) & (d_a < 1),
-        (d_a > 4) & (d_a > -0.45 * d_light) & (d_b < 0.8 * d_a),
-        light < min(46, 0.72 * skin[0])],
+        (d_a > 5.5) & (d_a > -0.55 * d_light) & (d_b < 0.75 * d_a),
+        light < min(50, 0.76 * skin[0])],
         [5, 0, 4, 1, 3], 2)
 
 
@@ -205,27 +219,91 @@ def _shape(m: dict) -> tuple[str, float]:
     return value, trust
 
 
+def metadata_quantiles(rows: Iterable[dict]) -> dict[str, list[float]]:
+    """Percentiles 0..100 of the 3D-TBP columns that have no natural edges, over all rows of an ISIC metadata table.
+
+    The documented ranges of these columns do not hold in the released file, hence quantiles. Columns with under 20 values are
+    left out. Raises ValueError for a value that is not a number.
+    """
+    rows = list(rows)
+    values = {name: [v for row in rows if (v := _number(row, name)) is not None] for name in BINNED}
+    return {name: np.percentile(v, np.arange(101)).tolist() for name, v in values.items() if len(v) >= 20}
+
+
+def from_metadata(row: dict, quantiles: dict[str, list[float]] | None = None) -> tuple[dict, dict]:
+    """(attributes, confidence by attribute) that an ISIC metadata row gives: size from the clinical diameter, skin tone from
+    `tbp_lv_Lext/Bext`, colour from `tbp_lv_L/A/B`, and by quantile symmetry, shape and border. Missing columns and empty
+    values are passed over. Diagnosis, patient and network columns are never read."""
+    found, ranks = {}, {}
+    for name, share in BINNED.items():
+        value, table = _number(row, name), (quantiles or {}).get(name)
+        if value is not None and table:
+            rank = float(np.interp(value, table, np.linspace(0, 1, 101)))
+            ranks[name] = rank > share, 0.6 + 0.3 * min(1.0, abs(rank - share) / 0.2)
+    light, b = _number(row, "tbp_lv_Lext"), _number(row, "tbp_lv_Bext")
+    if light is not None and b is not None:
+        found["skin_tone"] = _falling("skin_tone", ita_degrees(light, b), ITA_EDGES, 4.0, 0.9)
+    if (diameter := _number(row, "clin_size_long_diam_mm")) is not None:
+        found["size"] = _rising("size", diameter, SIZE_EDGES, 0.2, 0.95)
+    lab = [_number(row, "tbp_lv_" + name) for name in ("L", "A", "B", "Lext", "Aext", "Bext")]
+    if None not in lab:
+        found["color"] = NAMES["color"][int(color_names(np.array([lab[:3]]), np.array(lab[3:]))[0])], 0.7
+    if "tbp_lv_symm_2axis" in ranks:
+        over, trust = ranks["tbp_lv_symm_2axis"]
+        found["symmetry"] = NAMES["symmetry"][over], trust
+    if "tbp_lv_eccentricity" in ranks:
+        over, trust = ranks["tbp_lv_eccentricity"]
+        jagged = ranks.get("tbp_lv_area_perim_ratio", (False, 0))
+        found["shape"] = ("irregular", jagged[1]) if jagged[0] else (NAMES["shape"][over], trust)
+    if "tbp_lv_norm_border" in ranks:
+        over, trust = ranks["tbp_lv_norm_border"]
+        found["border"] = NAMES["border"][over], trust
+    attributes = validate({name: value for name, (value, _) in found.items()})
+    return attributes, {name: round(found[name][1], 3) for name in attributes}
+
+
+def _number(row: dict, name: str) -> float | None:
+    value = row.get(name)
+    if value is None or (isinstance(value, str) and value.strip().lower() in ("", "na", "nan", "none")):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"metadata column {name!r} holds {value!r}: expected a number, or nothing") from None
+    return number if np.isfinite(number) else None
+
+
+def describe(measured: dict, row: dict | None = None, quantiles: dict | None = None) -> tuple[dict, dict]:
+    """(attributes, confidence): the metadata's where it has them, else the pixels'; colour from whichever is surer."""
+    attributes, trust = to_attributes(measured)
+    given, given_trust = from_metadata(row or {}, quantiles)
+    if given_trust.get("color", 1) < trust.get("color", 0):
+        given.pop("color")
+    attributes |= given
+    trust |= {name: given_trust[name] for name in given}
+    if "other_colors" in attributes:
+        attributes["other_colors"] = [name for name in attributes["other_colors"] if name != attributes["color"]]
+    attributes = validate(attributes)
+    return attributes, {name: trust[name] for name in attributes}
+
+
+def measure_all(items: Iterable, workers: int = 2, progress: Callable[[int], None] | None = None) -> list[dict]:
+    """`measure` over images_u8 [H,W,3] or paths, in order, in `workers` processes; `progress(done)` is called as they come."""
+    items, out = list(items), []
+    pool = None
+    if workers > 1 and len(items) >= 32:
+        method = "fork" if sys.platform.startswith("linux") else "spawn"
+        pool = ProcessPoolExecutor(workers, get_context(method), initializer=threadpool_limits, initargs=(1,))
+    with pool or nullcontext():
+        for result in (pool.map(_measure_one, items, chunksize=16) if pool else map(_measure_one, items)):
+            out.append(result)
+            if progress:
+                progress(len(out))
+    return out
+
+
 def _measure_one(item: np.ndarray | str | Path) -> dict:
     if not isinstance(item, np.ndarray):
         with Image.open(item) as image:
             item = np.asarray(image.convert("RGB"))
     return measure(item)
-
-
-def measure_all(items: Iterable, workers: int = 2, progress: Callable[[int], None] | None = None) -> list[dict]:
-    """`measure` over images_u8 or paths, in order, in `workers` processes; `progress(done)` is called as they finish."""
-    items, out = list(items), []
-    if workers <= 1 or len(items) < 32:
-        results = map(_measure_one, items)
-        return [_tick(result, out, progress) for result in results] and out
-    method = "fork" if sys.platform.startswith("linux") else "spawn"
-    with ProcessPoolExecutor(workers, mp_context=get_context(method)) as pool:
-        for result in pool.map(_measure_one, items, chunksize=16):
-            _tick(result, out, progress)
-    return out
-
-
-def _tick(result: dict, out: list, progress: Callable[[int], None] | None) -> None:
-    out.append(result)
-    if progress:
-        progress(len(out))

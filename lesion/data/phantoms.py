@@ -9,11 +9,15 @@ classes, so the classes overlap as those studies say: a reader who saw all four 
 0.842 (tests/data/test_phantoms.py computes it). Deterministic by seed: the same seed gives the same JPEG bytes.
 Proven by tests/data/test_phantoms.py.
 """
+import hashlib
 import io
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+from PIL import __version__ as PILLOW
 from scipy import fft, ndimage
 from skimage.measure import find_contours
 
@@ -88,15 +92,20 @@ def _noise(rng: np.random.Generator, sigma_mm: float | tuple, angle: float = 0.0
     White noise is drawn in the frequency domain, where the blur is a product.
     """
     if np.isscalar(sigma_mm):
-        exponent = sigma_mm ** 2 * _FREQUENCY2
+        response = _round_blur(float(sigma_mm))
     else:
         along, across = _FX * np.cos(angle) + _FY * np.sin(angle), _FY * np.cos(angle) - _FX * np.sin(angle)
-        exponent = (sigma_mm[0] * along) ** 2 + (sigma_mm[1] * across) ** 2
+        response = np.exp(-2 * np.pi ** 2 * ((sigma_mm[0] * along) ** 2 + (sigma_mm[1] * across) ** 2))
     white = rng.standard_normal((SIDE, SIDE // 2 + 1, 2), dtype=np.float32).view(np.complex64)[..., 0]
-    spectrum = white * np.exp(-2 * np.pi ** 2 * exponent, dtype=np.float32)
+    spectrum = white * response.astype(np.float32)
     spectrum[0, 0] = 0
     field = fft.irfft2(spectrum, (SIDE, SIDE))
-    return field / field.std()
+    return field / np.sqrt(np.vdot(field, field) / field.size)
+
+
+@lru_cache(maxsize=16)
+def _round_blur(sigma_mm: float) -> np.ndarray:
+    return np.exp(-2 * np.pi ** 2 * sigma_mm ** 2 * _FREQUENCY2)
 
 
 def _texture(rng: np.random.Generator, person: dict) -> np.ndarray:
@@ -125,7 +134,7 @@ def _lesion_shape(rng: np.random.Generator, criteria: dict) -> tuple[np.ndarray,
     """Soft mask [S,S] in 0..1 (0.5 at the border) and the truth of the outline.
 
     Contour r(t) = ellipse(t) (1 + sum_k a_k cos(k t + phase_k)): orders 1..3 make it lopsided, 4 and up ragged,
-    more in places, with notches 0.45 mm or more wide whatever the size: pigment comes in nests, and a tile shows no finer.
+    more in places, with notches 0.65 mm (5 pixels) or more wide whatever the size: a tile shows no finer.
     """
     diameter = rng.uniform(6.0, 11.0) if criteria["diameter"] else 2.2 + 3.8 * rng.beta(1.6, 1.6)
     t = np.linspace(-np.pi, np.pi, 361)
@@ -133,7 +142,7 @@ def _lesion_shape(rng: np.random.Generator, criteria: dict) -> tuple[np.ndarray,
     radius = 1 / np.sqrt(np.cos(t - tilt) ** 2 + (np.sin(t - tilt) / ratio) ** 2)
     ragged = rng.uniform(0.08, 0.15) if criteria["border"] else rng.uniform(0.005, 0.05)
     lopsided = rng.uniform(0.12, 0.22) if criteria["asymmetry"] else rng.uniform(0.0, 0.05)
-    notches = _bumps(rng, t, np.arange(4, max(7, int(np.pi * diameter / 0.9))), 1.0, 1.6) * (1 + 0.8 * np.cos(t + rng.uniform(0, 6.3)))
+    notches = _bumps(rng, t, np.arange(4, max(7, int(np.pi * diameter / 1.3))), 1.0, 1.6) * (1 + 0.8 * np.cos(t + rng.uniform(0, 6.3)))
     radius = radius * np.clip(1 + ragged * notches / notches.std() + _bumps(rng, t, np.arange(1, 4), lopsided, 0.6), 0.3, 2)
     y, x = radius * np.sin(t), radius * np.cos(t)
     scale = diameter / np.hypot(y[::4, None] - y[::4], x[::4, None] - x[::4]).max()
@@ -159,8 +168,8 @@ def _paints(skin: np.ndarray) -> np.ndarray:
     """CIELAB of the six ABCD colours on this skin [6,3]: pigment darkens skin, so browns and black are at most a share of it."""
     light, a, b = skin
     return np.array([[min(light + 7, 93), 0.55 * a, 0.6 * b], [0.86 * light, a + 14, b - 1],
-                     [min(56, 0.82 * light), a + 3, b + 4], [min(36, 0.62 * light), a + 1, 0.85 * b],
-                     [0.66 * light, 3, min(2, 0.15 * b)], [min(19, 0.40 * light), 4, 5]])
+                     [min(60, 0.85 * light), a + 2, b + 4], [min(38, 0.62 * light), a + 1, 0.85 * b],
+                     [0.66 * light, 3, 0.28 * b], [min(19, 0.40 * light), 4, 5]])
 
 
 def _pigment(rng: np.random.Generator, skin: np.ndarray, inside: np.ndarray, truth: dict, criteria: dict) -> tuple[np.ndarray, dict]:
@@ -237,3 +246,61 @@ def _hairs(rng: np.random.Generator, count: int) -> np.ndarray:
         points = [tuple(p) for p in (path + FIELD_MM / 2) / MM * fine]
         pen.line(points, fill=int(rng.uniform(120, 235)), width=int(rng.integers(2, 5)), joint="curve")
     return np.asarray(canvas.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float32) / 255
+
+
+def write_demo(folder: str | Path, seed: int = 0, benign: int = 600, malignant: int = 240,
+               progress: Callable[[int], None] | None = None) -> list[dict]:
+    """Write a prepared data set of phantoms: images/*.jpg, dataset.json, metadata.jsonl (last: its presence means complete).
+
+    About six tiles a patient; patients are split 70/10/20 into train, val and test, so no patient is in two parts. The same
+    seed gives the same bytes. Rows carry the true `attributes`, their sentence as `text`, and `truth`. Returns the rows.
+    `progress(done)` is called after each tile. Raises ValueError for counts under 1.
+    """
+    if benign < 1 or malignant < 1:
+        raise ValueError(f"a demo set needs tiles of both classes, got {benign} benign and {malignant} malignant")
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    labels = ["malignant"] * malignant + ["benign"] * benign
+    rng = np.random.default_rng([seed, 1])
+    count = max(10, len(labels) // 6)
+    patients, parts = rng.integers(count, size=len(labels)), _parts(count, rng)
+    rows = []
+    for i, label in enumerate(labels):
+        number = seed * 1_000_000 + i
+        data, attributes, truth = draw_jpeg(number, label, patient=seed * 1_000_000 + int(patients[i]))
+        name = f"images/PHANTOM_{number:07d}.jpg"
+        (folder / name).write_bytes(data)
+        rows.append({"file_name": name, "isic_id": name[7:-4], "text": to_sentence(label, attributes), "label": label,
+                     "split": parts[patients[i]], "patient_id": f"PP_{patients[i]:05d}", "attributes": attributes,
+                     "source": "phantom", "license": "MIT", "sha256": hashlib.sha256(data).hexdigest(),
+                     "truth": _plain(truth)})
+        if progress:
+            progress(i + 1)
+    files.write_json(folder / "dataset.json", {
+        "format": 1, "name": "demo", "source": "phantom", "color_norm": "none", "split": "patient", "seed": seed,
+        "prompts": "structured", "counts": _counts(rows), "overlap": {"patients": 0}, "license": ["MIT"],
+        "versions": {"lesion": __version__, "numpy": np.__version__, "pillow": PILLOW}, "command": "lesion.data.phantoms.write_demo"})
+    files.write_manifest(folder, rows)
+    return rows
+
+
+def _parts(count: int, rng: np.random.Generator) -> list[str]:
+    """The part of each patient: 70 % train, 10 % val, 20 % test."""
+    names = np.array(["train"] * count, dtype=object)
+    order = rng.permutation(count)
+    names[order[:round(0.2 * count)]] = "test"
+    names[order[round(0.2 * count):round(0.3 * count)]] = "val"
+    return names.tolist()
+
+
+def _counts(rows: list[dict]) -> dict:
+    parts = {part: [row for row in rows if row["split"] == part] for part in ("train", "val", "test")}
+    return {part: {**{label: sum(row["label"] == label for row in mine) for label in LABELS},
+                   "patients": len({row["patient_id"] for row in mine})} for part, mine in parts.items()}
+
+
+def _plain(truth: dict) -> dict:
+    """Truth without the mask, floats to four decimals: what a manifest row can hold."""
+    rounded = {name: round(float(value), 4) for name, value in truth.items() if isinstance(value, float)}
+    return rounded | {"colors": {name: round(share, 4) for name, share in truth["colors"].items()},
+                      "criteria": truth["criteria"]}

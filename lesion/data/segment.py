@@ -99,13 +99,12 @@ def _hair(light: np.ndarray) -> np.ndarray:
 
 
 def _fill(lab: np.ndarray, hidden: np.ndarray) -> np.ndarray:
-    """Hidden pixels replaced by a blur of the others (normalised convolution)."""
+    """Hidden pixels replaced by a blur of the others (normalised convolution, at half size)."""
     if not hidden.any():
         return lab
     weight = (~hidden).astype(np.float32)[..., None]
-    blurred = _blur(lab * weight, 3)
-    blurred /= _blur(weight, 3) + 1e-4
-    return np.where(hidden[..., None], blurred, lab)
+    blurred = _blur(np.concatenate([_halve(lab * weight), _halve(weight)], -1), 1.5)
+    return np.where(hidden[..., None], _double(blurred[..., :3] / (blurred[..., 3:] + 1e-4)), lab)
 
 
 def _blur(field: np.ndarray, sigma: float) -> np.ndarray:
@@ -114,6 +113,10 @@ def _blur(field: np.ndarray, sigma: float) -> np.ndarray:
 
 def _halve(field: np.ndarray) -> np.ndarray:
     return field.reshape(HALF, 2, HALF, 2, -1).mean((1, 3))
+
+
+def _double(field: np.ndarray) -> np.ndarray:
+    return field.repeat(2, 0).repeat(2, 1)
 
 
 def _background(half: np.ndarray, ok: np.ndarray) -> np.ndarray:
@@ -203,10 +206,10 @@ def _best_level(field: np.ndarray, levels: np.ndarray, ok: np.ndarray) -> tuple[
     """(score, mask) of the level set that stands out most: saturated contrast to a ring 0.2-0.9 mm outside over the ring's
     spread, times mild preferences for large, compact, central, and not cut by the tile's edge.
 
-    Saturated, field / (field + 6), so that a black patch does not outdo the brown lesion around it.
+    Saturated, field / (field + 4), so that a black patch does not outdo the brown lesion around it.
     """
     best, positive = (0.0, np.zeros(field.shape, bool)), np.maximum(field, 0)
-    saturated, weight = positive / (positive + 6), positive * (0.02 + _PRIOR)
+    saturated, weight = positive / (positive + 4), positive * (0.02 + _PRIOR)
     for level in levels:
         mask = _component((field > level) & ok, weight)
         inner = _grow(mask, 1)
@@ -218,7 +221,7 @@ def _best_level(field: np.ndarray, levels: np.ndarray, ok: np.ndarray) -> tuple[
         perimeter = np.count_nonzero(mask[1:] != mask[:-1]) + np.count_nonzero(mask[:, 1:] != mask[:, :-1])
         cut = mask[[0, -1]].sum() + mask[:, [0, -1]].sum()
         score = (saturated[mask].mean() - around.mean()) / np.sqrt(around.var() + 0.01)
-        score *= area ** 0.1 * (16 * area / perimeter ** 2) ** 0.3
+        score *= area ** 0.1 * (16 * area / perimeter ** 2) ** 0.4
         score *= (0.1 + _PRIOR[mask].mean()) ** 0.5 / (1 + cut / np.sqrt(area))
         if score > best[0]:
             best = float(score), mask
@@ -228,20 +231,21 @@ def _best_level(field: np.ndarray, levels: np.ndarray, ok: np.ndarray) -> tuple[
 def _border(mask: np.ndarray, delta: np.ndarray, delta_full: np.ndarray, ok: np.ndarray) -> tuple:
     """(mask, field, profile, delta) at 128: the border where the colour is about half way from skin to the lesion next to it.
 
-    v = direction of the lesion's colour difference within about 1 mm; p = <delta, v>, smoothed more where the contrast is low.
-    Contrast is saturated, s(p) = p / (p + 0.5 W) with W the lesion's contrast, so that a light part beside a black one is still
-    lesion; the border is where s falls to 0.78 of its local mean (half way in p, where the lesion is uniform).
+    v = direction of the lesion's colour difference within about 1 mm; p = <delta, v> and what is left of delta (debiased by the
+    skin's), smoothed more where the contrast is low. Contrast is saturated, s(p) = p / (p + 0.5 W) with W the lesion's, so that
+    a light part beside a black one is still lesion; the border is where s falls to 0.80 of its local mean.
     """
+    empty = np.zeros((SIDE, SIDE), np.float32)
     gap = _grow(mask, 3)
     ring = _grow(gap, 8) & ~gap & ok
     if mask.sum() < 8 or ring.sum() < 12:
-        return np.zeros((SIDE, SIDE), bool), np.zeros((SIDE, SIDE), np.float32), np.zeros((SIDE, SIDE), np.float32), delta_full
+        return empty > 0, empty, empty, delta_full
     base = np.median(delta[ring], 0)
     delta, delta_full = delta - base, delta_full - base
     spread = 1.4826 * np.median(np.abs(delta[ring]), 0) + 0.7
     scaled = delta / spread
     strength = np.linalg.norm(scaled, axis=-1)
-    weight = mask * strength                              # the stronger parts count more: a faint rim is not the colour
+    weight = mask * np.sqrt(strength)       # the stronger parts count more: a faint rim is not the colour
     whole = (strength * weight).sum() / weight.sum()
     average = (scaled * weight[..., None]).sum((0, 1)) / weight.sum()
     local = _blur(scaled * weight[..., None], 3.5) + 1e-3 * average
@@ -250,14 +254,17 @@ def _border(mask: np.ndarray, delta: np.ndarray, delta_full: np.ndarray, ok: np.
     bend = 0.5 * whole
     middle = (_blur(level / (level + bend) * weight, 3.5) + 0.5e-3) / (_blur(weight, 3.5) + 1e-3)
     plain = (_blur(level * weight, 3.5) + 1e-3 * whole) / (_blur(weight, 3.5) + 1e-3)
-    local, middle, plain = (np.repeat(np.repeat(field, 2, 0), 2, 1) for field in (local, middle, plain))
-    along = (delta_full / spread * local).sum(-1)
-    smooth = _blur(delta_full / spread, float(np.clip(6 / whole, 0.9, 3)))
+    box = tuple(slice(max(0, where.min() - 3), where.max() + 4) for where in np.nonzero(gap))
+    full = tuple(slice(2 * edge.start, 2 * edge.stop) for edge in box)
+    local, middle, plain = (_double(part[box]) for part in (local, middle, plain))
+    sharp = delta_full[full] / spread
+    smooth = _blur(sharp, float(np.clip(10 / whole, 0.9, 3)))
     forward = np.maximum((smooth * local).sum(-1), 0) ** 2
     rest = (smooth ** 2).sum(-1) - forward
-    smooth = np.sqrt(forward + 0.9 * np.maximum(rest - 2 * np.median(rest[::2, ::2][ring]), 0))
-    field = smooth / (smooth + bend) / np.maximum(middle, 0.3) * (0.5 / 0.78)
-    near = np.repeat(np.repeat(_grow(mask, 3), 2, 0), 2, 1)
-    fine = _component((field > 0.5) & near, np.repeat(np.repeat(mask * 1.0, 2, 0), 2, 1))
+    smooth = np.sqrt(forward + 0.9 * np.maximum(rest - 2 * np.median(rest[::2, ::2][ring[box]]), 0))
+    field, profile = empty.copy(), empty.copy()
+    field[full] = smooth / (smooth + bend) / np.maximum(middle, 0.3) * (0.5 / 0.80)
+    profile[full] = (sharp * local).sum(-1) / plain
+    fine = _component((field > 0.5) & _double(gap), _double(mask.astype(np.float32)))
     closed = ~_grow(~_grow(fine, 3), 3)                    # a thin pale gap between two colours is lesion too
-    return ndimage.binary_fill_holes(closed), field, along / plain, delta_full
+    return ndimage.binary_fill_holes(closed), field, profile, delta_full
