@@ -206,7 +206,7 @@ def train(args) -> None:
                 train_state.save_checkpoint(args, networks, optimizer, scaler, done, skipped, recipe)
             if not log.waiting:
                 log.restart_clock()
-        if stopping:
+        if last:  # not `stopping`: a signal during validation or sampling comes too late for this step's checkpoint
             break
     bar.close()
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lesion import files, train_state, training
+from lesion import files, runtime, train_state, training
 from lesion.lora import files as lora_files
 from lesion.lora import layers
 from lesion.sd import checkpoint
@@ -96,17 +97,51 @@ def test_phase_1_refuses_a_text_encoder_lora(tiny, tmp_path):
         training.add_lora(args, sd, str(start))
 
 
-def test_a_refused_lora_leaves_no_run_folder(tiny, tmp_path):
-    """A bad --init-lora is found before the run folder is made: the corrected command can use the same --out."""
+@pytest.fixture
+def train_lora():
+    """The script as a module; its signal handlers are taken back."""
     spec = importlib.util.spec_from_file_location("train_lora", Path(training.__file__).parents[1] / "train_lora.py")
-    train_lora = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(train_lora)
-    data = tmp_path / "data"
-    data.mkdir()
-    Image.new("RGB", (64, 64), (200, 160, 140)).save(data / "a.png")
-    files.write_manifest(data, [{"file_name": "a.png", "text": "a lesion", "label": "malignant"}])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    yield module
+    for name, handler in before.items():
+        signal.signal(name, handler)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A prepared set of one tile."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    Image.new("RGB", (64, 64), (200, 160, 140)).save(folder / "a.png")
+    files.write_manifest(folder, [{"file_name": "a.png", "text": "a lesion", "label": "malignant"}])
+    return folder
+
+
+def flags(tiny, data, out):
+    common = {"--phase": 1, "--base": tiny / "folder", "--data": data, "--out": out, "--resolution": 64, "--batch-size": 1}
+    return [str(part) for pair in common.items() for part in pair]
+
+
+def test_a_refused_lora_leaves_no_run_folder(tiny, data, tmp_path, train_lora):
+    """A bad --init-lora is found before the run folder is made: the corrected command can use the same --out."""
     (tmp_path / "bad.safetensors").write_bytes(b"not a LoRA")
-    flags = ["--phase", "1", "--base", tiny / "folder", "--data", data, "--out", tmp_path / "run", "--resolution", 64]
     with pytest.raises(ValueError, match="bad.safetensors is damaged"):
-        train_lora.main([*map(str, flags), "--init-lora", str(tmp_path / "bad.safetensors")])
+        train_lora.main([*flags(tiny, data, tmp_path / "run"), "--init-lora", str(tmp_path / "bad.safetensors")])
     assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_during_a_long_sample_loses_nothing(tiny, data, tmp_path, train_lora, monkeypatch, capsys):
+    """A signal that comes while the sample sheet is drawn, the slowest part of a step, still ends in a checkpoint of the
+    very step that the message names."""
+
+    def sampling(*_):
+        return lambda path: path.stem == "step-000002" and signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(training, "sampling", sampling)
+    with pytest.raises(KeyboardInterrupt):
+        train_lora.main([*flags(tiny, data, tmp_path / "run"), "--steps", "9", "--sample-every", "2"])
+    done = runtime.load_state(tmp_path / "run" / "checkpoint.safetensors")[1]["step"]
+    assert f"stopped after step {done};" in capsys.readouterr().out
+    assert done in (2, 3)
