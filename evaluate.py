@@ -57,7 +57,7 @@ def main(argv=None) -> None:
         plots.save(figure, args.out / "figures", stem)
     report.write(args.out, args.title, blocks, results)
     if args.synthetic:
-        print(report_pictures.finding(results["pictures"]))
+        print(*report_pictures.findings(results["pictures"]), sep="\n")
     if args.classify:
         print(report_classification.finding(results["classification"]))
     if args.study:

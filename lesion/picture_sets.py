@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lesion import experiments, files
+from lesion import experiments, files, runtime
 from lesion.data import attributes, prompts
 from lesion.data.tiles import load_tiles, recorded_norm
 from lesion.metrics import features, fidelity, inference, memorisation
@@ -60,8 +60,7 @@ class Material:
     notes: list[str] = field(default_factory=list)
 
 
-def gather(folders: list[Path], data: Path, classify: Path | None = None, device: str = "cpu",
-           progress=None) -> Material:
+def gather(folders: list[Path], data: Path, classify: Path | None = None, progress=None) -> Material:
     """Load the synthetic `folders` and the prepared set `data`; features by what `features.choose` finds, among it the
     baseline classifiers of the run folder `classify`.
 
@@ -81,7 +80,7 @@ def gather(folders: list[Path], data: Path, classify: Path | None = None, device
         raise ValueError(f"{data} has no training tile labelled {label!r}, the class of {folders[0]}")
     for folder in folders:
         _refuse_leaks(folder, held, notes)
-    extractor = features.choose(_baseline(classify), device)
+    extractor = features.choose(_baseline(classify), str(runtime.device()))
 
     def load(name, folder, rows):
         tiles = load_tiles(folder, rows, side, progress)

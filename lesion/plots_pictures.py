@@ -84,10 +84,12 @@ def worst(synthetic: np.ndarray, training: np.ndarray, captions: list[str], is_c
         return chart
 
 
-def attributes(counts: dict[str, dict[str, list[int]]], values: dict[str, tuple[str, ...]]) -> Figure:
+def attributes(counts: dict[str, dict[str, list[int]]], values: dict[str, tuple[str, ...]],
+               titles: dict[str, str]) -> Figure:
     """Share of each value of each attribute, real beside synthetic.
 
-    counts: set name -> attribute -> tiles with each value; the first set is the real one. values: attribute -> names.
+    counts: set name -> attribute -> tiles with each value; the first set is the real one. values: attribute -> names; titles:
+    attribute -> heading.
     """
     with rc_context(SETTINGS):
         columns = 2
@@ -104,7 +106,7 @@ def attributes(counts: dict[str, dict[str, list[int]]], values: dict[str, tuple[
                 axis.bar(np.arange(len(classes)) + (place - (len(counts) - 1) / 2) * width,
                          np.array(found[name]) / total, width * 0.92, color=colour, edgecolor=BLACK, linewidth=0.5,
                          hatch=HATCHES[place % len(HATCHES)], label=set_name)
-            axis.set(title=name.replace("_", " "), xticks=range(len(classes)))
+            axis.set(title=titles[name], xticks=range(len(classes)))
             axis.set_xticklabels(classes, fontsize=8, rotation=20 if len(classes) > 3 else 0,
                                  ha="right" if len(classes) > 3 else "center")
             axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

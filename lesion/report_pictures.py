@@ -65,7 +65,8 @@ def build(folders: list[Path], data: Path, classify: Path | None = None, runs: t
 def _blocks(material, results, found):
     figures = {"tiles": _tiles(material), **_maps(material, results["fidelity"])}
     label = material.label
-    blocks = [heading("Are the synthetic tiles faithful, new and varied?"), paragraph(finding(results), lead=True),
+    blocks = [heading("Are the synthetic tiles faithful, new and varied?"),
+              *(paragraph(text, lead=True) for text in findings(results)),
               paragraph(f"Features: {material.extractor.sentence}."), *map(paragraph, results["notes"]),
               report.figure("tiles", f"Real and synthetic {label} tiles, drawn at random, none chosen.",
                             "rows of tiles: real, held-out real, and each synthetic set"),
@@ -87,14 +88,15 @@ def _blocks(material, results, found):
         blocks.append(report.figure("learning", "Over-training: validation loss, and the share of copies among tiles "
                                     "drawn from each checkpoint.", "curves against the training step"))
     values = {name: names for name, names in prompts.NAMES.items() if name != "surface"}
-    figures["attributes"] = plots_pictures.attributes(results["attributes"]["counts"], values)
+    titles = {name: prompts.VOCABULARY[name].title for name in values}
+    figures["attributes"] = plots_pictures.attributes(results["attributes"]["counts"], values, titles)
     blocks += [heading("What the tiles show", 3), *_shown(results["attributes"], label)]
     blocks += [heading("How it was done", 3), *map(paragraph, METHOD), _origin(results["provenance"])]
     return blocks, figures
 
 
-def finding(results: dict) -> str:
-    """The headline, one sentence a set: told from real tiles, copies."""
+def findings(results: dict) -> list[str]:
+    """The headline, one sentence a set: told from real tiles, copies; and one for the held-out tiles."""
     texts = []
     copies = {row["name"]: row for row in (results["copies"] or {}).get("sets", [])}
     ceiling = next((row for row in results["fidelity"]["sets"] if row["name"].startswith("held-out")), None)
@@ -110,11 +112,17 @@ def finding(results: dict) -> str:
         texts.append(text + ".")
     if ceiling:
         texts.append(f"Held-out real tiles against the same training tiles: {_auc(ceiling['against_real'])}.")
-    return " ".join(texts)
+    return texts
 
 
 def _auc(test):
     return f"AUC {report.interval({'mean': test['auc'], 'low': test['low'], 'high': test['high']}, digits=2)}"
+
+
+def _give_or_take(value, error):
+    """"0.0123 ± 0.0021": two digits of the error."""
+    digits = max(0, 1 - int(np.floor(np.log10(max(error, 1e-12)))))
+    return f"{number(value, digits)} ± {number(error, digits)}"
 
 
 def _percent(row):
@@ -123,19 +131,19 @@ def _percent(row):
 
 def _fidelity(results, label):
     floor = results["floor"]
-    header = ["tiles", "n", "KID × 1000 ± s.e.", f"FID at n = {floor['n']}", "density", "coverage [one distribution]",
+    header = ["tiles", "n", "KID ± s.e.", f"FID at n = {floor['n']}", "density", "coverage [one distribution]",
               "diversity", f"Vendi at n = {floor['n']}", "AUC against real", "AUC against the other class"]
-    rows = [[row["name"], str(row["n"]), f"{number(1000 * row['kid'], 1)} ± {number(1000 * row['kid_se'], 1)}",
+    rows = [[row["name"], str(row["n"]), _give_or_take(row["kid"], row["kid_se"]),
              number(row["fid"], 1), number(row["density"], 2), f"{number(row['coverage'], 2)} "
              f"[{number(row['expected_coverage'], 2)}]", number(row["distance"] / floor["distance"], 2),
              number(row["vendi"], 1), _auc(row["against_real"])[4:],
              _auc(row["against_other"])[4:] if "against_other" in row else "–"] for row in results["sets"]]
     rows.append([f"real {label} among themselves", f"2 × {floor['n']}",
-                 f"{number(1000 * floor['kid'], 1)} ± {number(1000 * floor['kid_sd'], 1)} (s.d.)",
-                 f"{number(floor['fid'], 1)} ± {number(floor['fid_sd'], 1)} (s.d.)", "1", "–", "1.00",
+                 f"{_give_or_take(floor['kid'], floor['kid_sd'])} (s.d.)",
+                 f"{_give_or_take(floor['fid'], floor['fid_sd'])} (s.d.)", "1", "–", "1.00",
                  number(floor["vendi"], 1), "0.50", "–"])
     return [table(f"Fidelity and diversity against {results['real']} real {label} training tiles. The last row is what "
-                  "a faultless generator would get.", header, rows)]
+                  "a faultless generator would get. KID and FID compare only under the same features.", header, rows)]
 
 
 def _copies(results):
@@ -170,7 +178,7 @@ def _shown(results, label):
     for name, rows in results["adherence"].items():
         blocks.append(table(f"Prompt adherence of {name}: Spearman correlation of asked and measured.",
                             ["attribute", "measured as", "n", "correlation [95 %]"],
-                            [[row["attribute"].replace("_", " "), row["measure"], str(row["n"]),
+                            [[prompts.VOCABULARY[row["attribute"]].title, row["measure"], str(row["n"]),
                               report.interval(row, digits=2)] for row in rows], text=(1,)))
     if not results["adherence"]:
         blocks.append(paragraph("The prompts asked for no attributes: there is no prompt adherence to measure."))

@@ -3,7 +3,7 @@ import numpy as np
 import picture_tiles
 import pytest
 
-from lesion import files, picture_sets
+from lesion import classifier, files, picture_sets
 from lesion.data.prompts import NAMES
 
 
@@ -49,6 +49,21 @@ def test_copies_are_counted_one_by_one(material):
     assert by_name["copied"]["low"] < by_name["copied"]["mean"] < by_name["copied"]["high"]
     assert by_name["copied"]["three_sample"]["z"] < by_name["fresh"]["three_sample"]["z"]
     assert by_name["fresh"]["held_out"] == 12
+
+
+def test_a_baseline_classifier_finds_turned_copies_by_its_features(world):
+    """RUN/B0/seed0 is preferred to scattering; its features are not the same for all views, so tiles are searched in
+    all eight: the five turned training tiles are at feature distance 0 of their origin."""
+    place = world / "run" / "B0" / "seed0"
+    place.mkdir(parents=True)
+    classifier.save(place / "model.safetensors", classifier.build("resnet18", "none", 0), "resnet18", 64)
+    material = picture_sets.gather([world / "copied"], world / "data", world / "run")
+    assert "B0" in material.extractor.sentence
+    results, found = picture_sets.judge_copies(material)
+    assert results["sets"][0]["by_features"] >= 5
+    assert found["copied"].features.relative[20:].max() < 1e-3
+    np.testing.assert_array_equal(material.training.images[found["copied"].features.index[20:]],
+                                  material.real.images[:5])
 
 
 def test_fidelity_has_its_floor_and_ceiling(material):

@@ -18,7 +18,7 @@ def figures(images):
         "grid": plots_pictures.grid([("real", images), ("made", images[:3])]),
         "worst": plots_pictures.worst(images, images, [f"{i}" for i in range(6)], np.arange(6) < 2),
         "attributes": plots_pictures.attributes({"real": {"size": [1, 3]}, "made": {"size": [2, 2]}},
-                                                {"size": ("small", "large")}),
+                                                {"size": ("small", "large")}, {"size": "Size"}),
         "learning": plots_pictures.learning([{"name": "run", "steps": [0, 10], "losses": [1.0, 0.5], "best": 10,
                                               "copies": [(10, 0.2, 0.1, 0.3)]}]),
     }
@@ -56,7 +56,7 @@ def test_attributes_are_shares_told_apart_by_hatching(images):
     axis = figures(images)["attributes"].axes[0]
     assert [bar.get_height() for bar in axis.patches] == [0.25, 0.75, 0.5, 0.5]
     assert axis.patches[0].get_hatch() != axis.patches[2].get_hatch()
-    empty = plots_pictures.attributes({"real": {"size": [0, 0]}}, {"size": ("small", "large")})
+    empty = plots_pictures.attributes({"real": {"size": [0, 0]}}, {"size": ("small", "large")}, {"size": "Size"})
     assert [bar.get_height() for bar in empty.axes[0].patches] == [0, 0]
 
 

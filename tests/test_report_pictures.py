@@ -85,9 +85,9 @@ def test_the_finding_says_no_more_than_the_numbers():
     sought."""
     results = {"fidelity": {"sets": [row("a", 0.9, 0.002), row("b", 0.52, 0.3), row("held-out real malignant", 0.5, 0.5)]},
                "copies": {"sets": [{"name": "a", "copies": 3, "mean": 0.06, "low": 0.01, "high": 0.17}]}}
-    text = report_pictures.finding(results)
+    text = "\n".join(report_pictures.findings(results)).replace("\u00a0", " ")
     assert "a: the 50 tiles are told from real ones (two-sample AUC 0.90 [0.85, 0.95], p .002); 3 are called copies" in text
     assert "b: the 50 tiles are not told from real ones here" in text
     assert text.count("copies") == 1
     assert "Held-out real tiles against the same training tiles: AUC 0.50" in text
-    assert "copies" not in report_pictures.finding(results | {"copies": None})
+    assert "copies" not in "".join(report_pictures.findings(results | {"copies": None}))

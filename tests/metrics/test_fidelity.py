@@ -180,6 +180,7 @@ def test_adherence_is_spearmans_and_its_interval_covers():
         r, low, high = fidelity.adherence(x, y)
         covered += low <= truth <= high
     assert r == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert np.arctanh(high) - np.arctanh(r) == pytest.approx(1.959964 * np.sqrt((1 + r ** 2 / 2) / 77))
     assert 0.92 <= covered / 500 <= 0.975
     assert fidelity.adherence(np.ones(50), x[:50]) is None
     assert fidelity.adherence(x[:9], y[:9]) is None
