@@ -2,19 +2,20 @@
 
 The page asks for the attributes of lesion.data.prompts.VOCABULARY one after another, the measured ones pre-selected,
 and goes on by itself to the next attribute and the next tile. Every answer is a row of the annotator's journal, on disk
-before the reply; `metadata.jsonl` follows within two seconds, and at every start (lesion.web.label_folder). A page says
+before the reply; `metadata.jsonl` follows within seconds, and at every start (lesion.web.label_folder). A page says
 which revision of a tile it has seen, so that of two tabs the later one is told and overwrites nothing; each request has
 an id of its own, so that one sent again after a lost reply counts once. lesion.web.label_desk takes the answers.
 Proven by tests/web/test_label.py and tests/browser/test_label_browser.py.
 """
 import re
 import threading
+import time
 from argparse import HelpFormatter, Namespace
 from pathlib import Path
 
 from lesion import cli
 
-SYNC_S = 2.0  # the manifest follows the journal within this
+SYNC_S = 1.0  # the manifest follows the journal after this, or after ten times what writing it took
 
 
 def parse(argv: list[str]) -> Namespace:
@@ -56,6 +57,9 @@ def main(argv: list[str]) -> None:
         print_agreement(label_folder.agreement(args.data))
         return
     if args.primary:
+        known = {*label_folder.annotators(args.data), args.annotator}
+        if label_folder.check_annotator(args.primary) not in known:
+            raise ValueError(f"--primary {args.primary} has no answers in {args.data}: there are {', '.join(sorted(known))}")
         label_folder.set_primary(args.data, args.primary)
     if args.no_serve or args.export_captions is not None:
         changed = label_folder.sync(args.data)
@@ -76,7 +80,7 @@ def main(argv: list[str]) -> None:
         label_folder.sync(args.data)
         desk = label_desk.Desk(args.data, rows, args.annotator, journal)
         app = create_app(desk, args.token, args.host)
-        done = sum(desk.labels.tile(row["file_name"]).is_complete() for row in rows)
+        done = len(desk.labels.complete & desk.numbers.keys())
         whose = label_folder.primary(args.data)
         print(f"{args.data}: {len(rows)} tiles, {done} labelled by {args.annotator}; metadata.jsonl takes the "
               f"answers of {whose}")
@@ -96,15 +100,18 @@ def main(argv: list[str]) -> None:
 def follow(desk, stop: threading.Event) -> None:
     """Keep the manifest up to date with the journal until `stop`, and once more then."""
     from lesion.web import label_folder
+    took = 0.0
     while not stop.is_set():
         desk.dirty.wait()
-        stop.wait(SYNC_S / 2)
+        stop.wait(max(SYNC_S, 10 * took))
         desk.dirty.clear()
+        start = time.monotonic()
         try:
             label_folder.sync(desk.folder)
             desk.trouble = ""
         except (OSError, ValueError) as error:
             desk.trouble = f"metadata.jsonl is behind ({error}); all answers are safe in labels/{desk.annotator}.jsonl"
+        took = time.monotonic() - start
 
 
 def print_agreement(table: list[dict]) -> None:
@@ -188,8 +195,11 @@ def create_app(desk, token: str | None = None, host: str = "127.0.0.1"):
         with desk.journal.lock:
             number = number_of(form.get("tile"))
             if form["id"] in desk.labels.ids:  # sent again, as the reply was lost
-                again = number if not desk.tile(number).is_complete() or action != "answer" else \
-                    desk.next_tile(form["filter"], number)
+                again = number
+                if action == "undo":
+                    again = desk.numbers.get(desk.labels.last, number)
+                elif action == "answer" and form.get("stay") is not True and desk.tile(number).is_complete():
+                    again = desk.next_tile(form["filter"], number)
                 return state_of(desk, again, form["filter"])
             return {"answer": answer, "undo": undo, "flag": remark, "comment": remark}[action](number, form)
 

@@ -4,7 +4,9 @@ lesion.web.label serves it, lesion.web.label_folder keeps the answers. Proven by
 """
 import io
 import threading
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from PIL import Image
@@ -42,25 +44,25 @@ class Desk:
     def tile(self, number: int):
         return self.labels.tile(self.rows[number]["file_name"])
 
-    def members(self, chosen: str) -> list[int]:
+    def members(self, chosen: str) -> list[int] | range:
         """Numbers of the tiles that a filter lets through, in order."""
-        def passes(number: int, row: dict) -> bool:
-            if chosen in ("benign", "malignant"):
-                return row["label"] == chosen
-            tile = self.labels.tiles.get(row["file_name"])
-            if chosen == "unlabelled":
-                return tile is None or not tile.is_complete()
-            return tile is not None and (tile.flagged if chosen == "flagged" else "corrected" in tile.was.values())
-        return [n for n, row in enumerate(self.rows) if chosen == "all" or passes(n, row)]
+        if chosen == "all":
+            return range(len(self.rows))
+        if chosen in ("benign", "malignant"):
+            return [n for n, row in enumerate(self.rows) if row["label"] == chosen]
+        if chosen == "unlabelled":
+            return [n for n, row in enumerate(self.rows) if row["file_name"] not in self.labels.complete]
+        return sorted(self.numbers[name] for name, tile in self.labels.tiles.items() if name in self.numbers
+                      and (tile.flagged if chosen == "flagged" else "corrected" in tile.was.values()))
 
     def next_tile(self, chosen: str, after: int) -> int:
         """The next open tile of a filter, round the end; of flagged and changed ones simply the next; else `after`."""
         members = self.members(chosen)
-        if chosen not in ("flagged", "changed"):
-            members = [n for n in members if not self.tile(n).is_complete()]
-        else:
-            members = [n for n in members if n != after]
-        return next((n for n in members if n > after), members[0] if members else after)
+        cut = bisect_right(members, after)
+        for n in chain(members[cut:], members[:cut]):
+            if chosen in ("flagged", "changed") or self.rows[n]["file_name"] not in self.labels.complete:
+                return n
+        return after
 
     def resume(self, chosen: str) -> int:
         """Where to go on: the tile of the last answer if it is not finished, else the next open one."""
@@ -81,7 +83,8 @@ def state_of(desk: Desk, number: int, chosen: str = "all", active: str | None = 
                   "answered": name in tile.answers, "value": tile.answers.get(name, proposed.get(name)),
                   "was": tile.was.get(name)} for name in VOCABULARY]
     members = desk.members(chosen)
-    done = sum(tile.is_complete() for name, tile in desk.labels.tiles.items() if name in desk.numbers)
+    done = len(desk.labels.complete & desk.numbers.keys())
+    before, behind = bisect_left(members, number), bisect_right(members, number)
     first_open = next((q["name"] for q in questions if not q["answered"]), questions[0]["name"])
     sentence = to_sentence(row["label"], label_folder.attributes_of(suggested, tile.answers))
     return {"tile": number, "name": str(row.get("isic_id") or Path(row["file_name"]).stem), "label": row["label"],
@@ -89,10 +92,9 @@ def state_of(desk: Desk, number: int, chosen: str = "all", active: str | None = 
             "active": active or first_open, "revision": tile.revision, "complete": tile.is_complete(),
             "flagged": tile.flagged, "comment": tile.comment,
             "total": len(desk.rows), "done": done, "seconds": desk.labels.seconds_per_tile(),
-            "filter": chosen, "members": len(members), "inside": number in members,
-            "place": sum(n < number for n in members) + 1, "ahead": desk.next_tile(chosen, number),
-            "previous": next((n for n in reversed(members) if n < number), None),
-            "next": next((n for n in members if n > number), None),
+            "filter": chosen, "members": len(members), "inside": before < behind,
+            "place": before + 1, "ahead": desk.next_tile(chosen, number),
+            "previous": members[before - 1] if before else None, "next": members[behind] if behind < len(members) else None,
             "undo": desk.labels.history[-1]["id"] if desk.labels.history else None, "trouble": desk.trouble}
 
 

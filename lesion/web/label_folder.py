@@ -157,6 +157,7 @@ class Labels:
         self.tiles: dict[str, Tile] = {}
         self.history: list[dict] = []  # answer rows in force, over all tiles: what undo takes back, last first
         self.ids: set[str] = set()
+        self.complete: set[str] = set()  # names of the tiles with every attribute answered
         self.times: list[datetime] = []  # when a tile became complete
         self.last: str | None = None     # the tile of the last answer or undo
         for row in rows:
@@ -189,15 +190,16 @@ class Labels:
                 self.history.append(row)
                 tile.rows.append(row)
                 self.last = row["tile"]
-            self._merge(tile, row)
+            self._merge(tile, self.last, row)
 
-    def _merge(self, tile: Tile, row: dict) -> None:
+    def _merge(self, tile: Tile, name: str, row: dict) -> None:
         before = tile.is_complete()
         tile.answers, tile.was = {}, {}
         for each in tile.rows:
             tile.answers |= each["answers"]
             tile.was |= each.get("was", {})
         tile.answers = settle(tile.answers)
+        (self.complete.add if tile.is_complete() else self.complete.discard)(name)
         if tile.is_complete() and not before:
             with contextlib.suppress(ValueError):
                 self.times.append(datetime.fromisoformat(row.get("time", "")))
