@@ -4,6 +4,7 @@ Stage vae: the autoencoder of arXiv:2112.10752 on benign training tiles, with a 
 right amount of texture. Stage unet (lesion/pretrain_unet.py): tokenizer, text encoder and U-Net on its latents.
 Both are resumable to the bit: every random number is keyed by (seed, step). Proven by tests/test_pretrain.py.
 """
+import json
 import time
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> None:
     elif args.stage == "check":
         from lesion import pretrain_check
 
-        pretrain_check.check(args)
+        print(json.dumps(pretrain_check.check(args)))
     else:
         from lesion import pretrain_unet
         pretrain_unet.train(args)

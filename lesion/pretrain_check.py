@@ -1,9 +1,7 @@
 """`python -m lesion pretrain --stage check`: measure the built-in model on tiles it has never seen (split `val`).
 
-Prints one JSON line and writes OUT/samples/check-vae.png. Proven by tests/test_pretrain.py.
+Gives the figures that the command prints, and writes OUT/samples/check-vae.png. Proven by tests/test_pretrain.py.
 """
-
-import json
 
 import numpy as np
 import torch
@@ -15,7 +13,8 @@ from lesion.pretrain_unet import load_vae
 from lesion.sd.vae import to_images_u8, to_pixels
 
 
-def check(args) -> None:
+def check(args) -> dict:
+    """Figures of the autoencoder and of the bicubic baseline on the tiles of split `val`."""
     rows = [row for row in files.read_manifest(args.data) if row.get("split") == "val"]
     images_u8 = np.array(load_tiles(args.data, rows, 128, progress=cli.progress).images_u8)
     rebuilt = reconstruct(load_vae(args.out), images_u8)
@@ -31,7 +30,7 @@ def check(args) -> None:
     sheet = np.concatenate([np.concatenate([kind[some[i : i + 8]] for kind in (images_u8, rebuilt, baseline)]) for i in (0, 8)])
     titles = ["real", "reconstructed", "bicubic, 8 times down and up"] * 2
     pictures.save_png(args.out / "samples" / "check-vae.png", pictures.contact_sheet(sheet, titles=titles))
-    print(json.dumps(result))
+    return result
 
 
 @torch.no_grad()

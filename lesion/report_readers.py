@@ -51,7 +51,7 @@ def build(folder: Path) -> tuple[list[dict], dict, dict]:
 def _interval(row: dict, name: str, digits: int = 2) -> str:
     """"0.41 [0.16, 0.66]" of figure `name` in a reader's row; of a pooled figure: report.interval."""
     row = {"mean": row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"]}
-    return report.interval(row, digits=digits).replace(", ", ",\u00a0")  # kept on one line in a narrow column
+    return report.interval(row, digits=digits)
 
 
 def _share(middle: float, low: float, high: float) -> str:

@@ -60,7 +60,7 @@ def test_section_says_what_the_statistics_say(sets, tmp_path):
         assert line[5].replace("\u00a0", " ") == expected_d.replace("-", "−")
         assert line[8] == "4.0"
     pooled = expected["pooled"]["d_prime"]
-    expected_d = f"{pooled['estimate']:.2f} [{pooled['low']:.2f}, {pooled['high']:.2f}]"
+    expected_d = f"{pooled['estimate']:.2f} [{pooled['low']:.2f},\u00a0{pooled['high']:.2f}]"
     assert cells(blocks, "All readers")["d'"][0] == expected_d.replace("-", "−")
     kappa = reader_study.cohen_kappa(ratings[0] >= 4, ratings[1] >= 4)
     assert cells(blocks, "Agreement")["reader-1 and reader-2"] == ["24", f"{kappa:.2f}".replace("-", "−")]
