@@ -17,7 +17,7 @@ def made(tmp_path_factory, run_script):
     images = np.concatenate([picture_tiles.blobs(np.random.default_rng(1), 20, True), copies])
     picture_tiles.write_synthetic(root / "phase-1", images)
     done = run_script("evaluate.py", "--data", root / "data", "--synthetic", root / "phase-1", "--out", root / "report",
-                      "--drop-copies", root / "kept")
+                      "--drop-copies", root / "kept", timeout=900)
     return done, root
 
 
@@ -54,7 +54,8 @@ def test_features_of_other_images_end_in_one_line(made, run_script):
     kept = cached[0].read_bytes()
     before = (root / "report" / "report.html").read_bytes()
     cached[0].write_bytes(cached[1].read_bytes())
-    done = run_script("evaluate.py", "--data", root / "data", "--synthetic", root / "phase-1", "--out", root / "report")
+    done = run_script("evaluate.py", "--data", root / "data", "--synthetic", root / "phase-1", "--out", root / "report",
+                      timeout=900)
     cached[0].write_bytes(kept)
     assert done.returncode == 2
     assert "features of other images" in done.stderr.splitlines()[-1]
