@@ -167,8 +167,8 @@ def _bumps(rng: np.random.Generator, t: np.ndarray, orders: np.ndarray, rms: flo
 def _paints(skin: np.ndarray) -> np.ndarray:
     """CIELAB of the six ABCD colours on this skin [6,3]: pigment darkens skin, so browns and black are at most a share of it."""
     light, a, b = skin
-    return np.array([[min(light + 7, 93), 0.55 * a, 0.6 * b], [0.86 * light, a + 14, b - 1],
-                     [min(60, 0.85 * light), a + 2, b + 4], [min(38, 0.62 * light), a + 1, 0.85 * b],
+    return np.array([[min(light + 9, 94), 0.5 * a, 0.5 * b], [0.86 * light, a + 14, b - 1],
+                     [min(60, 0.80 * light), a + 3, b + 5], [min(38, 0.62 * light), a + 1, 0.85 * b],
                      [0.66 * light, 3, 0.28 * b], [min(19, 0.40 * light), 4, 5]])
 
 
@@ -182,7 +182,7 @@ def _pigment(rng: np.random.Generator, skin: np.ndarray, inside: np.ndarray, tru
     count = rng.choice([1, 2, 3], p=[0.6, 0.3, 0.1]) if criteria["colors"] else 0
     others = rng.choice(6, size=count, replace=False, p=OTHER_COLOR[main]) if count else []
     paints = _paints(skin) + rng.normal(0, [1.5, 1, 1], (6, 3))
-    paints[1:3] = skin + (paints[1:3] - skin) * rng.uniform(0.65, 1.1)       # faint moles are light brown or red
+    paints[1:3] = skin + (paints[1:3] - skin) * rng.uniform(0.8, 1.1)        # faint moles are light brown or red
     scale = 0.09 * truth["diameter_mm"] + 0.15
     color, owner = np.broadcast_to(paints[main], (SIDE, SIDE, 3)).astype(np.float32), np.full((SIDE, SIDE), main)
     for other in others:
