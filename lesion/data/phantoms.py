@@ -1,13 +1,13 @@
 """Procedural tiles with known attributes: ground truth for tests, and data for a machine that has none.
 
-Clinical close-ups of 15 mm of skin: every skin tone, skin lines, mottling, pores, freckles, hair, uneven light, blur, JPEG
-noise; on it one lesion built from a Fourier contour, with pigment that varies. Numbers are fixed in advance from the
-literature, not tuned to any result: benign and malignant differ ONLY in how often each clinical ABCD criterion is met, at the
-sensitivity and specificity of Thomas et al., Dermatology 1998;197:11 (asymmetry 57/72 %, border 57/71 %, several colours
-65/59 %, diameter over 6 mm 90/63 %), each criterion by itself. A criterion met or not gives the same distribution in both
-classes, so the classes overlap as those studies say: a reader who saw all four criteria perfectly would reach an AUROC of
-0.842 (tests/data/test_phantoms.py computes it). Deterministic by seed: the same seed gives the same JPEG bytes.
-Proven by tests/data/test_phantoms.py.
+Clinical close-ups of 15 mm of skin: every skin tone, skin lines, mottling, pores, freckles, hair, uneven light, blur, JPEG noise;
+on it one lesion built from a Fourier contour, with pigment that varies. Numbers are fixed in advance from the literature, not
+tuned to any classifier or generator: benign and malignant differ ONLY in how often each clinical ABCD criterion is met, at the
+sensitivity and specificity of Thomas et al., Dermatology 1998;197:11 (asymmetry 57/72 %, border 57/71 %, several colours 65/59 %,
+diameter over 6 mm 90/63 %), each criterion by itself. A criterion met or not gives the same distributions in both classes, so the
+classes overlap as that study says: a reader who saw all four criteria without error would reach an AUROC of 0.865. Pigment is
+kept visible (at least a tenth lighter or darker than the skin, or redder), or the true border would be nobody's to see.
+Deterministic by seed: the same seed gives the same JPEG bytes. Proven by tests/data/test_phantoms.py.
 """
 import hashlib
 import io
@@ -51,7 +51,7 @@ def draw(seed: int, label: str, patient: int | None = None) -> tuple[np.ndarray,
     `irregularity`, `edge_width_mm`, `colors`), `criteria` met, and `mask` bool [128,128]. Tiles of one `patient` share skin.
     """
     data, attributes, truth = draw_jpeg(seed, label, patient)
-    return np.asarray(Image.open(io.BytesIO(data))), attributes, truth
+    return np.array(Image.open(io.BytesIO(data))), attributes, truth
 
 
 def draw_jpeg(seed: int, label: str, patient: int | None = None) -> tuple[bytes, dict, dict]:
@@ -60,10 +60,10 @@ def draw_jpeg(seed: int, label: str, patient: int | None = None) -> tuple[bytes,
         raise ValueError(f"no label {label!r}: allowed are {', '.join(LABELS)}")
     rng = np.random.default_rng([seed, LABELS.index(label)])
     person = _person(np.random.default_rng([seed if patient is None else patient, 7]))
-    criteria = {name: bool(rng.random() < rate[label]) for name, rate in CRITERIA.items()}
+    criteria = _criteria(rng, label)
     skin = person["lab"] + _texture(rng, person)
     inside, truth = _lesion_shape(rng, criteria)
-    paint, truth["colors"] = _pigment(rng, person["lab"], inside, truth, criteria)
+    paint, truth["colors"] = _pigment(rng, person["lab"], truth, criteria)
     lab = skin + inside[..., None] * (paint - person["lab"])
     truth |= {"ita": person["ita"], "criteria": criteria}
     truth["asymmetry"] = asymmetry_of(inside[..., None] * (paint - person["lab"]), truth["mask"])
@@ -73,6 +73,11 @@ def draw_jpeg(seed: int, label: str, patient: int | None = None) -> tuple[bytes,
     attributes, _ = to_attributes(truth | {"confidence": dict.fromkeys(
         ("ita", "mask", "diameter_mm", "axis_ratio", "asymmetry", "irregularity", "edge_width_mm", "colors"), 1.0)})
     return buffer.getvalue(), attributes, truth
+
+
+def _criteria(rng: np.random.Generator, label: str) -> dict[str, bool]:
+    """Which of the ABCD criteria this lesion meets: all that the label decides."""
+    return {name: bool(rng.random() < rate[label]) for name, rate in CRITERIA.items()}
 
 
 def _person(rng: np.random.Generator) -> dict:
@@ -118,7 +123,8 @@ def _texture(rng: np.random.Generator, person: dict) -> np.ndarray:
     angle = rng.uniform(0, np.pi)
     for turn, share in ((0, 1.0), (rng.uniform(0.8, 1.6), 0.7)):
         ridges = _noise(rng, (0.9, 0.13), angle + turn)
-        light += share * person["lines"] * (0.8 - np.exp(-np.abs(ridges) / 0.35) * 2.2 + person["gloss"] * np.clip(ridges - 1.2, 0, 1.5))
+        gloss = person["gloss"] * np.clip(ridges - 1.2, 0, 1.5)
+        light += share * person["lines"] * (0.8 - 2.2 * np.exp(-np.abs(ridges) / 0.35) + gloss)
     pores = (rng.random((SIDE, SIDE)) < 0.004).astype(np.float32)
     light -= 14 * rng.uniform(0.2, 1) * ndimage.gaussian_filter(pores, 0.9)
     offsets = np.stack([light * depth, red, 0.35 * middle + 0.3 * broad], -1)
@@ -142,7 +148,8 @@ def _lesion_shape(rng: np.random.Generator, criteria: dict) -> tuple[np.ndarray,
     radius = 1 / np.sqrt(np.cos(t - tilt) ** 2 + (np.sin(t - tilt) / ratio) ** 2)
     ragged = rng.uniform(0.08, 0.15) if criteria["border"] else rng.uniform(0.005, 0.05)
     lopsided = rng.uniform(0.12, 0.22) if criteria["asymmetry"] else rng.uniform(0.0, 0.05)
-    notches = _bumps(rng, t, np.arange(4, max(7, int(np.pi * diameter / 1.3))), 1.0, 1.6) * (1 + 0.8 * np.cos(t + rng.uniform(0, 6.3)))
+    notches = _bumps(rng, t, np.arange(4, max(7, int(np.pi * diameter / 1.3))), 1.0, 1.6)
+    notches = notches * (1 + 0.8 * np.cos(t + rng.uniform(0, 2 * np.pi)))
     radius = radius * np.clip(1 + ragged * notches / notches.std() + _bumps(rng, t, np.arange(1, 4), lopsided, 0.6), 0.3, 2)
     y, x = radius * np.sin(t), radius * np.cos(t)
     scale = diameter / np.hypot(y[::4, None] - y[::4], x[::4, None] - x[::4]).max()
@@ -172,7 +179,7 @@ def _paints(skin: np.ndarray) -> np.ndarray:
                      [0.66 * light, 3, 0.28 * b], [min(19, 0.40 * light), 4, 5]])
 
 
-def _pigment(rng: np.random.Generator, skin: np.ndarray, inside: np.ndarray, truth: dict, criteria: dict) -> tuple[np.ndarray, dict]:
+def _pigment(rng: np.random.Generator, skin: np.ndarray, truth: dict, criteria: dict) -> tuple[np.ndarray, dict]:
     """CIELAB [S,S,3] of the lesion's pigment and the true share of each colour.
 
     One main colour; where the colour criterion is met, one to three more, each a patch of a random field whose threshold is
@@ -193,7 +200,7 @@ def _pigment(rng: np.random.Generator, skin: np.ndarray, inside: np.ndarray, tru
         patch = 0.5 + 0.5 * np.tanh((field - cut) / rng.uniform(0.2, 0.7))
         color = color + patch[..., None] * (paints[other] - color)
         owner[field > cut] = other
-    depth = 1 + 0.10 * _noise(rng, 0.2) + 0.10 * _noise(rng, scale) + rng.uniform(-0.1, 0.25) * (_edge_to_middle(truth["mask"]))
+    depth = 1 + 0.10 * _noise(rng, 0.2) + 0.10 * _noise(rng, scale) + rng.uniform(-0.1, 0.25) * _edge_to_middle(truth["mask"])
     color = skin + (color - skin) * np.clip(depth, 0.5, 1.25)[..., None]     # uneven pigment, mostly darker inside
     share = np.bincount(owner[mask], minlength=6) / mask.sum()
     return color, dict(zip(NAMES["color"], share.tolist()))
@@ -279,7 +286,8 @@ def write_demo(folder: str | Path, seed: int = 0, benign: int = 600, malignant: 
     files.write_json(folder / "dataset.json", {
         "format": 1, "name": "demo", "source": "phantom", "color_norm": "none", "split": "patient", "seed": seed,
         "prompts": "structured", "counts": _counts(rows), "overlap": {"patients": 0}, "license": ["MIT"],
-        "versions": {"lesion": __version__, "numpy": np.__version__, "pillow": PILLOW}, "command": "lesion.data.phantoms.write_demo"})
+        "versions": {"lesion": __version__, "numpy": np.__version__, "pillow": PILLOW},
+        "command": "lesion.data.phantoms.write_demo"})
     files.write_manifest(folder, rows)
     return rows
 
