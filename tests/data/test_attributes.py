@@ -53,14 +53,14 @@ def test_lab_against_scikit_image():
 def test_outline_closed_forms():
     """An ellipse, however turned, has its own axes and irregularity 0; a square has sqrt(4/3) / mean - 1 in closed form:
     mean distance (sqrt 2 + asinh 1) / 2, mean square 4/3, both over the border."""
-    t = np.linspace(0, 2 * np.pi, 2000)
+    t = np.linspace(0, 2 * np.pi, 600)
     turn = np.array([[0.8, 0.6], [-0.6, 0.8]])
     for ratio in (1.0, 0.5, 0.25):
         found = outline_of(np.stack([2 * ratio * np.sin(t), 2 * np.cos(t)], 1) @ turn + [3, -1])
         assert found["diameter_mm"] == pytest.approx(4, abs=1e-3)
         assert found["axis_ratio"] == pytest.approx(ratio, abs=1e-4)
-        assert found["irregularity"] < 1e-4
-    side = np.linspace(-1, 1, 501)[:-1]
+        assert found["irregularity"] < 1e-3
+    side = np.linspace(-1, 1, 201)[:-1]
     square = np.concatenate([np.stack(p, 1) for p in ((side, -1 + 0 * side), (1 + 0 * side, side), (-side, 1 + 0 * side),
                                                       (-1 + 0 * side, -side), ([-1.0], [-1.0]))])
     mean = (np.sqrt(2) + np.arcsinh(1)) / 2
