@@ -81,7 +81,7 @@ def tiles_of_class(args, say: Callable | None) -> tuple[Tiles, Tiles]:
     if not train:
         raise ValueError(f"{args.data} has no training tile labelled {args.label!r}; its labels: "
                          f"{dict(Counter(row.get('label') for row in rows if row.get('split', 'train') == 'train'))}")
-    without = [row["file_name"] for row in train if not row.get("text")]
+    without = [row["file_name"] for row in mine if row.get("split", "train") in ("train", "val") and not row.get("text")]
     if without:
         raise ValueError(f"{args.data}: {len(without)} tiles have no text, first {without[0]}; run python -m lesion prepare or label")
     groups = sorted({row.get("patient_id") or row["file_name"] for row in train})

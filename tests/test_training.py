@@ -120,7 +120,14 @@ def data(tmp_path):
 
 
 def flags(tiny, data, out):
-    common = {"--phase": 1, "--base": tiny / "folder", "--data": data, "--out": out, "--resolution": 64, "--batch-size": 1}
+    common = {
+        "--phase": 1,
+        "--base": tiny / "folder",
+        "--data": data,
+        "--out": out,
+        "--resolution": 64,
+        "--batch-size": 1,
+    }
     return [str(part) for pair in common.items() for part in pair]
 
 
@@ -145,3 +152,19 @@ def test_ctrl_c_during_a_long_sample_loses_nothing(tiny, data, tmp_path, train_l
     done = runtime.load_state(tmp_path / "run" / "checkpoint.safetensors")[1]["step"]
     assert f"stopped after step {done};" in capsys.readouterr().out
     assert done in (2, 3)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_tiles_without_text_are_refused(tiny, data, tmp_path, train_lora, split):
+    """A training or a held-out tile that nobody has described is named; a test tile does not matter."""
+    rows = files.read_manifest(data)
+    files.write_manifest(
+        data,
+        [
+            *rows,
+            {**rows[0], "file_name": "b.png", "split": split, "text": None},
+            {**rows[0], "file_name": "c.png", "split": "test", "text": None},
+        ],
+    )
+    with pytest.raises(ValueError, match="1 tiles have no text, first b.png"):
+        train_lora.main(flags(tiny, data, tmp_path / "run"))

@@ -190,9 +190,8 @@ def load(hub, home):
         pytest.fail((home / "worker.log").read_text())
 
     yield ask
-    child.stdin.close()
-    child.wait(timeout=30)
-    child.stdout.close()
+    child.kill()
+    child.communicate()
 
 
 def complete(answer: dict, tiny: Path) -> None:
