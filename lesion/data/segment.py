@@ -160,7 +160,9 @@ def _distance(smooth: np.ndarray, ok: np.ndarray) -> np.ndarray:
     sample = smooth[ok & (_RADIUS > 3)]
     if not len(sample):
         return np.zeros(smooth.shape[:2])
-    signed = smooth / (1.4826 * np.median(np.abs(sample - np.median(sample, 0)), 0) + 0.7)
+    size = np.linalg.norm(sample, axis=1)
+    sample = sample[size <= np.quantile(size, 0.7)]        # a large lesion reaches this far out
+    signed = smooth / (1.85 * np.median(np.abs(sample - np.median(sample, 0)), 0) + 0.7)
     signed[..., 0] *= np.where(signed[..., 0] > 0, 0.35, 1)
     signed[..., 1] *= np.where(signed[..., 1] < 0, 0.6, 1)
     return np.sqrt((signed ** 2).sum(-1)) * ok
@@ -233,7 +235,7 @@ def _border(mask: np.ndarray, delta: np.ndarray, delta_full: np.ndarray, ok: np.
 
     v = direction of the lesion's colour difference within about 1 mm; p = <delta, v> and what is left of delta (debiased by the
     skin's), smoothed more where the contrast is low. Contrast is saturated, s(p) = p / (p + 0.5 W) with W the lesion's, so that
-    a light part beside a black one is still lesion; the border is where s falls to 0.80 of its local mean.
+    a light part beside a black one is still lesion; the border is where s falls to 0.84 of its local mean.
     """
     empty = np.zeros((SIDE, SIDE), np.float32)
     gap = _grow(mask, 3)
@@ -263,7 +265,7 @@ def _border(mask: np.ndarray, delta: np.ndarray, delta_full: np.ndarray, ok: np.
     rest = (smooth ** 2).sum(-1) - forward
     smooth = np.sqrt(forward + 0.9 * np.maximum(rest - 2 * np.median(rest[::2, ::2][ring[box]]), 0))
     field, profile = empty.copy(), empty.copy()
-    field[full] = smooth / (smooth + bend) / np.maximum(middle, 0.3) * (0.5 / 0.80)
+    field[full] = smooth / (smooth + bend) / np.maximum(middle, 0.3) * (0.5 / 0.84)
     profile[full] = (sharp * local).sum(-1) / plain
     fine = _component((field > 0.5) & _double(gap), _double(mask.astype(np.float32)))
     closed = ~_grow(~_grow(fine, 3), 3)                    # a thin pale gap between two colours is lesion too

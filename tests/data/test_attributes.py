@@ -30,7 +30,7 @@ from lesion.data.attributes import (
 from lesion.data.prompts import NAMES, validate
 from lesion.data.segment import rgb_to_lab, segment
 
-MONK = ("f6ede4 f3e7db f7ead0 eadaba d7bd96 a07e56 825c43 604134 3a312a 292420".split(),
+MONK = (("f6ede4", "f3e7db", "f7ead0", "eadaba", "d7bd96", "a07e56", "825c43", "604134", "3a312a", "292420"),
         (83.0, 80.2, 71.7, 64.7, 50.3, 10.9, -20.1, -55.4, -78.3, -84.3))
 
 
