@@ -131,6 +131,8 @@ def train(args) -> None:
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     done, skipped = train_state.load_checkpoint(args.out, networks, optimizer, scaler) if args.resume else (0, 0)
+    if done > args.steps:
+        raise ValueError(f"{args.out} has done {done} steps already: --steps {args.steps} is fewer")
     log = train_state.Log(args, device, tiles.rows, done, batch)
     first_rank and log.open(done)
     stopping = []

@@ -164,6 +164,9 @@ def add_lora(args, sd: StableDiffusion, start: str | None) -> dict[str, nn.Modul
         factors, _ = lora_files.read(Path(start), {"unet": sd.unet, "text_encoder": sd.text_encoder})
         if args.phase == 1 and layers.of_network(factors, "text_encoder"):
             raise ValueError(f"{start} holds a text-encoder LoRA, which phase 1 would neither train nor save: use --phase 2")
+        for name, part in factors.items():  # its scale moves into `up`, so that --alpha stays true of what is saved
+            ratio = (part.alpha / len(part.down)) / (args.alpha / args.rank)
+            factors[name] = layers.Factors(part.down, part.up * ratio, args.alpha)
         for name, network in networks.items():
             layers.set_factors(network, layers.of_network(factors, name))
     return networks
