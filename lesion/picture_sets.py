@@ -260,7 +260,7 @@ def judge_attributes(material: Material) -> dict:
     sets = [material.real, *material.synthetic]
     measured = {part.name: attributes.measure_all(list(part.images)) for part in sets}
     counts = {name: _counts([attributes.to_attributes(one)[0] for one in tiles]) for name, tiles in measured.items()}
-    asked = {part.name: [_adherence(name, part.rows, measured[part.name]) for name in ADHERENCE]
+    asked = {part.name: [adherence(name, part.rows, measured[part.name]) for name in ADHERENCE]
              for part in material.synthetic if any(row.get("attributes") for row in part.rows)}
     return {"counts": counts, "adherence": asked, "color_norm": recorded_norm(material.real.folder)[0]}
 
@@ -275,7 +275,7 @@ def _counts(described):
     return counts
 
 
-def _adherence(name, rows, measured):
+def adherence(name: str, rows: list[dict], measured: list[dict]) -> dict:
     """{attribute, measure, n, mean (Spearman), low, high}; tiles without the attribute or without a lesion left out."""
     measure, words = ADHERENCE[name]
     pairs = []

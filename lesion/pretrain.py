@@ -33,9 +33,12 @@ def parse(argv: list[str]):
     group.add_argument("--crop", type=int, choices=(64, 128), default=64, help="vae: side of the random crops in pixels")
     group.add_argument("--kl-weight", type=cli.number(float, low=0), default=5e-4, help="vae: weight of the KL term per latent value")
     group.add_argument("--chroma-weight", type=cli.number(float, low=0), default=3.0, help="vae: of colour errors over brightness errors")
+    group.add_argument("--chroma-field", type=cli.number(float, low=0), default=0.1, help="vae: spread of random local colour, of 2")
+    group.add_argument("--square-weight", type=cli.number(float, low=0), default=5.0, help="vae: of squared over absolute colour errors")
     group.add_argument("--texture-weight", type=cli.number(float, low=0), default=0.5, help="vae: weight of the texture-energy term")
     group.add_argument("--caption-dropout", type=cli.number(float, low=0, high=1), default=0.1, help="unet: share of empty captions")
     group.add_argument("--seed", type=cli.number(int, low=0), default=0, help="of everything random")
+    group.add_argument("--features", type=Path, help="check: baseline classifier (model.safetensors) to compare tiles by")
     group = parser.add_argument_group("while it runs")
     group.add_argument("--checkpoint-every", type=cli.number(int, low=1), default=500, help="steps between checkpoints and checks")
     group.add_argument("--stop-at", type=cli.number(int, low=1), default=None, help="checkpoint and stop after this step, to change a flag")
@@ -89,6 +92,8 @@ def augmented_crops(images_u8, args, step: int):
     """pixels [B,3,crop,crop] of step `step`: random tiles, crops, dihedral views, and for half of them a colour gain.
 
     The gain (per channel, +-30 % overall, +-10 % between channels) shows the autoencoder more skin tones than the archive has.
+    `--chroma-field` adds a smooth random field of Cb and Cr to half of the crops. In skin, hue follows brightness nearly everywhere,
+    so an autoencoder need not encode it, and a grey lesion comes out red-brown; with the field it must.
     """
     import torch
 
@@ -105,14 +110,21 @@ def augmented_crops(images_u8, args, step: int):
     pixels = torch.cat([
         dihedral(to_pixels(images_u8[i:i + 1, top:top + args.crop, left:left + args.crop]), view)
         for i, (top, left), view in zip(chosen.tolist(), corners, views)])
-    return ((pixels + 1) * gain - 1).clamp(-1, 1)
+    pixels = (pixels + 1) * gain - 1
+    if args.chroma_field:
+        field = torch.randn(args.batch_size, 2, 4, 4, generator=g) * args.chroma_field
+        field = torch.nn.functional.interpolate(field, size=args.crop, mode="bicubic")
+        field[torch.rand(args.batch_size, generator=g) < 0.5] = 0.0
+        pixels = pixels + torch.einsum("oc,bchw->bohw", pixels.new_tensor([[0, 1.402], [-0.344, -0.714], [1.772, 0]]), field)
+    return pixels.clamp(-1, 1)
 
 
 def vae_loss(decoded, pixels, mean, logvar, args):
-    """L1 + L1 at 1/4 size in Y, Cb, Cr (exact colour) + L1 of gradients (edges) + texture energy + KL to N(0, I) per latent value.
+    """L1 + L1 and squares at 1/4 size in Y, Cb, Cr (exact colour) + L1 of gradients (edges) + texture energy + KL to N(0, I).
 
     Skin varies far more in brightness than in hue, and an autoencoder left alone spends its four channels on brightness: tones
     come out right and colours do not. So errors of Cb and Cr (ITU-R BT.601) count `chroma_weight` times.
+    Absolute errors alone leave the small, dark lesion too pale, for it is rare; squares (`square_weight`) count large errors more.
     Texture energy compares the local root mean square of the high-pass image (pixels minus 3x3 mean) in 8x8 windows: how much
     fine texture there is, not where each grain lies, which eight-fold compression cannot keep.
     """
@@ -121,7 +133,8 @@ def vae_loss(decoded, pixels, mean, logvar, args):
     error = decoded - pixels
     weights = error.new_tensor([[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]])
     weights = weights * error.new_tensor([[1.0], [args.chroma_weight], [args.chroma_weight]])
-    color = torch.einsum("oc,bchw->bohw", weights, F.avg_pool2d(error, 4)).abs().sum(1).mean() / 2
+    coarse = torch.einsum("oc,bchw->bohw", weights, F.avg_pool2d(error, 4))
+    color = (coarse.abs() + args.square_weight * coarse.square()).sum(1).mean() / 2
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
 
     def energy(x):
@@ -223,9 +236,17 @@ def check_vae(vae, ema: dict, images_u8, picture: Path) -> dict:
     pictures.save_png(
         picture, pictures.contact_sheet(np.concatenate([np.concatenate([images_u8[i : i + 8], rebuilt[i : i + 8]]) for i in (0, 8)]))
     )
-    return {"psnr": psnr(images_u8[:64], rebuilt), "high_frequency": high_frequency_ratio(images_u8[:64], rebuilt),
+    real = images_u8[:64]
+    return {"psnr": psnr(real, rebuilt), "psnr_color": psnr(chroma(real), chroma(rebuilt)),
+            "high_frequency": high_frequency_ratio(real, rebuilt),
             **{f"latent_std_{c}": mean[:, c].std().item() for c in range(4)},
             "posterior_std": torch.cat([(0.5 * logvar).exp() for _, logvar in latents]).mean().item()}
+
+
+def chroma(images_u8):
+    """Cb and Cr (ITU-R BT.601) of uint8 RGB, as floats."""
+    import numpy as np
+    return images_u8 @ np.array([[-0.169, 0.5], [-0.331, -0.419], [0.5, -0.081]])
 
 
 def psnr(images_u8, other_u8) -> float:

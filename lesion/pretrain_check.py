@@ -1,19 +1,36 @@
-"""`python -m lesion pretrain --stage check`: measure the built-in model on tiles it has never seen (split `val`).
+"""`python -m lesion pretrain --stage check`: measure the built-in model against tiles it has never seen (split `val`).
 
-Gives the figures that the command prints, and writes OUT/samples/check-vae.png. Proven by tests/test_pretrain.py.
+Gives the figures that the command prints, and writes OUT/samples/check-vae.png and check-base.png. Proven by tests/test_pretrain.py.
 """
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from lesion import cli, files, pictures, pretrain
+from lesion import cli, files, picture_sets, pictures, pretrain
+from lesion.data import attributes, prompts
 from lesion.data.tiles import load_tiles
+from lesion.metrics import features, fidelity
 from lesion.pretrain_unet import load_vae
+from lesion.sd import checkpoint, pipeline
 from lesion.sd.vae import to_images_u8, to_pixels
+
+GUIDANCE = (1.5, 3.0, 5.0, 7.5)
+STEERED = ("skin_tone", "color", "size")
+TRIED, DRAWN = 64, 200  # tiles a guidance scale is chosen by, and judged on
+DRAW_STEPS = 30
 
 
 def check(args) -> dict:
+    """Figures of the autoencoder and, where stage unet has ended, of the whole model."""
+    result = {"autoencoder": check_vae(args)}
+    if (args.out / "unet").is_dir():
+        result["base"] = check_base(args)
+    return result
+
+
+def check_vae(args) -> dict:
     """Figures of the autoencoder and of the bicubic baseline on the tiles of split `val`."""
     rows = [row for row in files.read_manifest(args.data) if row.get("split") == "val"]
     images_u8 = np.array(load_tiles(args.data, rows, 128, progress=cli.progress).images_u8)
@@ -23,7 +40,7 @@ def check(args) -> dict:
     for name, other in (("vae", rebuilt), ("bicubic_8x", baseline)):
         result[name] = {
             "psnr_db": round(pretrain.psnr(images_u8, other), 2),
-            "psnr_color_db": round(pretrain.psnr(chroma(images_u8), chroma(other)), 2),
+            "psnr_color_db": round(pretrain.psnr(pretrain.chroma(images_u8), pretrain.chroma(other)), 2),
             "high_frequency": round(pretrain.high_frequency_ratio(images_u8, other), 4),
         }
     some = np.linspace(0, len(images_u8) - 1, 16).astype(int)
@@ -31,6 +48,54 @@ def check(args) -> dict:
     titles = ["real", "reconstructed", "bicubic, 8 times down and up"] * 2
     pictures.save_png(args.out / "samples" / "check-vae.png", pictures.contact_sheet(sheet, titles=titles))
     return result
+
+
+def check_base(args) -> dict:
+    """What the prompts steer (Spearman, asked against measured) and how far DRAWN tiles are from the benign tiles of `val` (KID beside
+    the value between two real samples of that size). Captions and guidance come from the training tiles alone."""
+    rows = files.read_manifest(args.data)
+    benign = [row for row in rows if row["label"] == "benign" and row["split"] == "train"]
+    sd = checkpoint.load(args.out)
+    guidance = {}
+    for scale in GUIDANCE:
+        asked = prompts.draw_attributes(benign, TRIED, args.seed)
+        steering = steer(asked, draw_tiles(sd, asked, scale, 1_000_000))
+        guidance[scale] = {name: part["mean"] for name, part in steering.items()}
+    best = max(GUIDANCE, key=lambda scale: np.mean([r or 0.0 for r in guidance[scale].values()]))
+    asked = prompts.draw_attributes(benign, DRAWN, args.seed + 1)
+    images_u8 = draw_tiles(sd, asked, best, 2_000_000)
+    real = load_tiles(args.data, [row for row in rows if row["label"] == "benign" and row["split"] == "val"], 128)
+    extractor = features.choose(args.features)
+    ours, theirs = extractor.run(images_u8), features.cached(extractor, real.images_u8, Path(args.data) / ".cache")
+    value, error = fidelity.kid(theirs, ours)
+    floor, spread = fidelity.real_vs_real(lambda x, y: fidelity.kid(x, y)[0], theirs, min(DRAWN, len(theirs) // 2))
+    some = np.linspace(0, len(real.images_u8) - 1, 64).astype(int)
+    sheet = np.concatenate([np.concatenate([images_u8[i:i + 8], real.images_u8[some[i:i + 8]]]) for i in range(0, 64, 8)])
+    pictures.save_png(args.out / "samples" / "check-base.png", pictures.contact_sheet(sheet, 16, ["eight drawn, eight real"] * 8))
+    return {"guidance_tried": guidance, "guidance_scale": best, "drawn": DRAWN, "steering": steer(asked, images_u8),
+            "kid": value, "kid_se": error, "real_vs_real": floor, "real_vs_real_sd": spread, "features": extractor.name}
+
+
+def draw_tiles(sd, asked: list[dict], guidance_scale: float, first_seed: int) -> np.ndarray:
+    """One benign tile an attribute combination: uint8 [N,128,128,3]."""
+    texts = [prompts.to_sentence("benign", one) for one in asked]
+    images = []
+    for start in cli.progress(range(0, len(texts), 16), desc=f"draw at guidance {guidance_scale}", unit="batch"):
+        part = texts[start:start + 16]
+        with torch.no_grad():
+            context, negative = pipeline.encode_prompts(sd, part), pipeline.encode_prompts(sd, [""] * len(part))
+            latents = pipeline.draw(sd, context, negative, [first_seed + start + i for i in range(len(part))], 128, steps=DRAW_STEPS,
+                                    guidance_scale=guidance_scale)
+            images.append(to_images_u8(pipeline.decode(sd, latents)))
+    return np.concatenate(images)
+
+
+def steer(asked: list[dict], images_u8: np.ndarray) -> dict:
+    """Per steered attribute: n, mean (Spearman), low, high."""
+    measured = attributes.measure_all(list(images_u8), workers=1)
+    rows = [{"attributes": one} for one in asked]
+    return {name: {key: value for key, value in picture_sets.adherence(name, rows, measured).items() if key in ("n", "mean", "low", "high")}
+            for name in STEERED}
 
 
 @torch.no_grad()
@@ -45,8 +110,3 @@ def bicubic(images_u8: np.ndarray, factor: int = 8) -> np.ndarray:
     side = images_u8.shape[1]
     small = [Image.fromarray(image).resize((side // factor, side // factor), Image.BICUBIC) for image in images_u8]
     return np.stack([np.asarray(image.resize((side, side), Image.BICUBIC)) for image in small])
-
-
-def chroma(images_u8: np.ndarray) -> np.ndarray:
-    """Cb and Cr (ITU-R BT.601) of uint8 RGB, as floats."""
-    return images_u8 @ np.array([[-0.169, 0.5], [-0.331, -0.419], [0.5, -0.081]])

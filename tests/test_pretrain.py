@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lesion import files, pretrain
+from lesion import files, pretrain, pretrain_check
 from lesion.data import prompts
 from lesion.sd import checkpoint
 from lesion.sd.clip import Tokenizer
@@ -85,6 +85,26 @@ def test_both_stages_resume_and_load(data, tmp_path, monkeypatch, capsys):
         torch.testing.assert_close(sd.vae.encode(pixels)[0], reference.encode(pixels).latent_dist.mean, rtol=0, atol=2e-4)
 
 
+    monkeypatch.setattr(pretrain_check, "GUIDANCE", (1.0, 3.0))
+    monkeypatch.setattr(pretrain_check, "TRIED", 2)
+    monkeypatch.setattr(pretrain_check, "DRAWN", 12)
+    monkeypatch.setattr(pretrain_check, "DRAW_STEPS", 2)
+    run("check", with_val(data, tmp_path / "val", 8), whole)
+    base = json.loads(capsys.readouterr().out.splitlines()[-1])["base"]
+    assert base["guidance_scale"] in (1.0, 3.0)
+    assert base["steering"]["skin_tone"]["n"] == 12
+    assert base["real_vs_real"] < base["kid"] > 3 * base["kid_se"]  # four steps of training draw nothing like skin
+    assert Image.open(whole / "samples" / "check-base.png").width > 16 * 128
+
+
+def with_val(data, folder, count):
+    """A copy of the data set whose first `count` rows are split val, and where no tile is broken."""
+    shutil.copytree(data, folder, ignore=shutil.ignore_patterns(".cache"))
+    rows = files.read_manifest(data)
+    files.write_manifest(folder, [{**row, "split": "val" if i < count else "train"} for i, row in enumerate(rows) if i < 24])
+    return folder
+
+
 def test_latents_have_unit_scale(data, tmp_path):
     """After the export 0.18215 times a training tile's latent mean has mean 0 and deviation 1 in every channel."""
     run("vae", data, tmp_path)
@@ -139,12 +159,8 @@ def test_measures():
 def test_check(data, tmp_path, capsys):
     """--stage check reports the autoencoder beside the bicubic baseline, on split val alone."""
     run("vae", data, tmp_path / "out")
-    rows = files.read_manifest(data)
-    seen = tmp_path / "val"
-    shutil.copytree(data, seen, ignore=shutil.ignore_patterns(".cache"))
-    files.write_manifest(seen, [{**row, "split": "val" if i < 4 else "train"} for i, row in enumerate(rows) if i < 24])
-    run("check", seen, tmp_path / "out")
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    run("check", with_val(data, tmp_path / "val", 4), tmp_path / "out")
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])["autoencoder"]
     assert result["tiles"] == 4
     assert result["bicubic_8x"]["psnr_db"] > 20
     assert set(result["vae"]) == {"psnr_db", "psnr_color_db", "high_frequency"}

@@ -27,12 +27,12 @@ from lesion.data.segment import MM, SIDE, Segment, segment
 ITA_EDGES = (55.0, 41.0, 28.0, 10.0, -30.0)      # degrees, falling: very light ... dark
 SIZE_EDGES = (3.0, 4.0, 6.0, 9.0)                # mm
 ASYMMETRY_EDGE = 0.19
-BORDER_EDGE = 0.12
+BORDER_EDGE = 0.11
 EDGE_WIDTH_EDGE = 0.9                            # mm
-ROUND_EDGE = 0.75                                # short over long axis
+ROUND_EDGE = 0.70                                # short over long axis
 OTHER_COLOR_SHARE = 0.10                         # of the lesion: less is not named
 # 3D-TBP columns without natural edges: the share of tiles below the edge, as the pixel measures split the same tiles
-BINNED = {"tbp_lv_symm_2axis": 0.5, "tbp_lv_eccentricity": 0.4, "tbp_lv_area_perim_ratio": 0.8, "tbp_lv_norm_border": 0.5}
+BINNED = {"tbp_lv_symm_2axis": 0.5, "tbp_lv_eccentricity": 0.4, "tbp_lv_area_perim_ratio": 0.8, "tbp_lv_norm_border": 0.55}
 SEEN = 0.25                                      # mask confidence under which the lesion is left undescribed
 
 
