@@ -35,10 +35,10 @@ def parse(argv=None):
     )
     group.add_argument("--lora-format", choices=("kohya", "diffusers"), default="kohya", help="layout of the written files")
     group = parser.add_argument_group("recipe")
-    group.add_argument("--steps", type=cli.number(int, low=1), default=1400, help="optimizer steps")
+    group.add_argument("--steps", type=cli.number(int, low=1), help="optimizer steps; default: 1400, for mini 600")
     group.add_argument("--batch-size", type=cli.number(int, low=1), default=8, help="tiles a step and process")
     group.add_argument("--accumulate", type=cli.number(int, low=1), default=1, help="batches an optimizer step")
-    group.add_argument("--lr", type=cli.number(float, above=0), default=3e-5, help="peak learning rate of AdamW")
+    group.add_argument("--lr", type=cli.number(float, above=0), help="peak learning rate of AdamW; default: 3e-5, for mini 5e-4")
     group.add_argument("--text-encoder-lr", type=cli.number(float, above=0), help="phase 2: the text encoder's; default: --lr")
     group.add_argument(
         "--text-encoder-steps", type=cli.number(int, low=1), help="phase 2: freeze the text encoder's LoRA after so many steps"
@@ -74,11 +74,14 @@ def parse(argv=None):
 def main(argv=None) -> None:
     args = parse(argv)
     args.data, args.base, what = runs.default_inputs(args.data, args.base)
+    runs.fill_recipe(args)
     print(f"learning {args.label!r} (phase {args.phase}) from {what}", flush=True)
     if args.data == runs.DEMO and not (runs.DEMO / files.MANIFEST).is_file():
         from lesion.data import phantoms
         print(f"drawing the demo set into {runs.DEMO}", flush=True)
-        phantoms.write_demo(runs.DEMO)
+        bar = cli.progress(total=phantoms.DEMO_TILES, desc="demo set", unit="tile")
+        phantoms.write_demo(runs.DEMO, progress=lambda done: bar.update(done - bar.n))
+        bar.close()
     train(args)
 
 

@@ -39,6 +39,7 @@ def parse(argv: list[str]):
     group.add_argument("--caption-dropout", type=cli.number(float, low=0, high=1), default=0.1, help="unet: share of empty captions")
     group.add_argument("--seed", type=cli.number(int, low=0), default=0, help="of everything random")
     group.add_argument("--features", type=Path, help="check: baseline classifier (model.safetensors) to compare tiles by")
+    group.add_argument("--samples", type=Path, nargs="+", metavar="DIR", help="check: judge these folders of generate.py")
     group = parser.add_argument_group("while it runs")
     group.add_argument("--checkpoint-every", type=cli.number(int, low=1), default=500, help="steps between checkpoints and checks")
     group.add_argument("--stop-at", type=cli.number(int, low=1), default=None, help="checkpoint and stop after this step, to change a flag")
@@ -53,9 +54,9 @@ def main(argv: list[str]) -> None:
     if args.stage == "vae":
         train_vae(args)
     elif args.stage == "check":
-        from lesion import pretrain_check
-
-        print(json.dumps(pretrain_check.check(args)))
+        from lesion import pretrain_check, pretrain_samples
+        for row in pretrain_samples.check(args) if args.samples else [pretrain_check.check(args)]:
+            print(json.dumps(row))
     else:
         from lesion import pretrain_unet
         pretrain_unet.train(args)

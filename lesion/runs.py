@@ -11,6 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MINI = Path(__file__).resolve().parent / "assets" / "mini"  # the built-in base
 DEMO, ISIC = Path("data/demo"), Path("data/isic2024")
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+RECIPE = {"steps": 1400, "lr": 3e-5, "guidance_scale": 7.5}        # the study's, for SD 1.5
+MINI_RECIPE = {"steps": 600, "lr": 5e-4, "guidance_scale": 3.0}    # a model 150 times smaller wants fewer, larger steps
 
 
 def default_inputs(data: Path | None, base: str | None) -> tuple[Path, str, str]:
@@ -27,6 +29,18 @@ def default_inputs(data: Path | None, base: str | None) -> tuple[Path, str, str]
     model = "the built-in base model `mini`" if base == str(MINI) else f"the base model {base}"
     hint = f" (the real thing: --data {ISIC} --base {SD15}; README, section \"The real recipe\")" if base == str(MINI) else ""
     return Path(data), base, f"{what}, {model}{hint}"
+
+
+def recipe_for(base: str) -> dict:
+    """Defaults that depend on the base model: steps, lr and guidance_scale."""
+    return MINI_RECIPE if Path(base).resolve() == MINI.resolve() else RECIPE
+
+
+def fill_recipe(args) -> None:
+    """Put the base's defaults where a flag was not given."""
+    for name, value in recipe_for(args.base).items():
+        if getattr(args, name, 0) is None:
+            setattr(args, name, value)
 
 
 def next_folder(name: str) -> Path:

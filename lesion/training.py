@@ -24,8 +24,6 @@ from lesion.sd.checkpoint import StableDiffusion
 from lesion.sd.vae import to_images_u8, to_pixels
 from lesion.train_state import quartiles
 
-GUIDANCE_SCALE = 7.5  # of the sample sheets
-
 
 class Denoiser(nn.Module):
     """U-Net and text encoder as one module, so that DistributedDataParallel sees one forward: text is context or token_ids."""
@@ -239,6 +237,7 @@ def sampling(args, sd: StableDiffusion, rows: list[dict], device: torch.device) 
     """A function that draws the sample sheet: fixed seeds, fixed prompts of the training set, the networks as they are now."""
     chosen = np.random.default_rng([args.seed, 3]).integers(len(rows), size=args.sample_count)
     prompts = [rows[i]["text"] for i in chosen]
+    guidance_scale = runs.recipe_for(args.base)["guidance_scale"]
 
     def sample(path: Path) -> None:
         if not prompts:
@@ -249,7 +248,7 @@ def sampling(args, sd: StableDiffusion, rows: list[dict], device: torch.device) 
             with torch.no_grad(), runtime.autocast(device, args.precision):
                 context, negative = pipeline.encode_prompts(sd, some), pipeline.encode_prompts(sd, [""] * len(some))
                 latents = pipeline.draw(sd, context, negative, list(range(start, start + len(some))), args.resolution,
-                                        steps=args.sample_steps, guidance_scale=GUIDANCE_SCALE)
+                                        steps=args.sample_steps, guidance_scale=guidance_scale)
             images.append(to_images_u8(pipeline.decode(sd, latents)))
         pictures.save_png(path, pictures.contact_sheet(np.concatenate(images)))
     return sample

@@ -51,6 +51,18 @@ def test_defaults_without_the_built_in_base(here, monkeypatch):
         runs.default_inputs(None, None)
 
 
+def test_recipe_depends_on_the_base(here, mini):
+    """The built-in base has its own steps, rate and guidance; what is given on the command line stays."""
+    from types import SimpleNamespace
+    for base, expected in ((str(mini), runs.MINI_RECIPE), (runs.SD15, {"steps": 1400, "lr": 3e-5, "guidance_scale": 7.5})):
+        args = SimpleNamespace(base=base, steps=None, lr=1.0, guidance_scale=None)
+        runs.fill_recipe(args)
+        assert vars(args) == {"base": base, "steps": expected["steps"], "lr": 1.0, "guidance_scale": expected["guidance_scale"]}
+        drawing = SimpleNamespace(base=base, steps=50, guidance_scale=None)
+        runs.fill_recipe(drawing)
+        assert vars(drawing) == {"base": base, "steps": 50, "guidance_scale": expected["guidance_scale"]}
+
+
 # --- names -----------------------------------------------------------------------------------------------------------
 
 

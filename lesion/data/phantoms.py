@@ -255,7 +255,11 @@ def _hairs(rng: np.random.Generator, count: int) -> np.ndarray:
     return np.asarray(canvas.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float32) / 255
 
 
-def write_demo(folder: str | Path, seed: int = 0, benign: int = 600, malignant: int = 240,
+DEMO_BENIGN, DEMO_MALIGNANT = 600, 240
+DEMO_TILES = DEMO_BENIGN + DEMO_MALIGNANT
+
+
+def write_demo(folder: str | Path, seed: int = 0, benign: int = DEMO_BENIGN, malignant: int = DEMO_MALIGNANT,
                progress: Callable[[int], None] | None = None) -> list[dict]:
     """Write a prepared data set of phantoms: images/*.jpg, dataset.json, metadata.jsonl (last: its presence means complete).
 
