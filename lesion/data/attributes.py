@@ -42,6 +42,16 @@ def lesion_mask(image_u8: np.ndarray) -> np.ndarray:
     return np.asarray(mask.resize(image_u8.shape[1::-1], Image.Resampling.BILINEAR)) > 127
 
 
+def outlined(image_u8: np.ndarray) -> np.ndarray:
+    """The tile uint8 RGB [H,W,3], twice as large, with a thin outline of the lesion's mask, white beside black to be seen on any skin."""
+    large = np.asarray(Image.fromarray(image_u8).resize((2 * image_u8.shape[1], 2 * image_u8.shape[0]), Image.Resampling.BICUBIC)).copy()
+    mask = np.kron(lesion_mask(image_u8), np.ones((2, 2), bool))
+    grown = ndimage.binary_dilation(mask)
+    large[grown & ~mask] = 255
+    large[ndimage.binary_dilation(grown) & ~grown] = 0
+    return large
+
+
 def ita_degrees(light: float, b: float) -> float:
     """Individual typology angle, atan2(L* - 50, b*) in degrees (Chardon et al. 1991)."""
     return float(np.degrees(np.arctan2(light - 50, b)))

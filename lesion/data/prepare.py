@@ -150,6 +150,8 @@ def build(source, details: dict[str, dict], parts: dict[str, str], args, staging
         if path.stem not in prints:
             path.unlink()
     describe(rows, staging, args)
+    if args.prompts == "structured":
+        outline_sheet(rows, staging)
     files.write_manifest(staging, rows)
     readable = {i: part for i, part in parts.items() if i in prints}
     return {"format": FORMAT, "name": rows[0]["source"], "source": source.layout, "color_norm": args.color_norm,
@@ -210,7 +212,7 @@ def _name(source, isic_id: str) -> str:
 def describe(rows: list[dict], staging: Path, args) -> None:
     """Give each row its `text`, and with structured prompts its `attributes`, `measured` and `confidence`.
 
-    A caption, or attributes, that came with the tile are kept.
+    A caption, or attributes, that came with the tile are kept; else what ISIC's metadata says goes before what pixels say.
     """
     from lesion.data.prompts import FIXED_PROMPT, to_sentence
     bare = [row for row in rows if not row["attributes"]]
@@ -219,13 +221,28 @@ def describe(rows: list[dict], staging: Path, args) -> None:
         with cli.progress(total=len(bare), desc="attributes", unit="tile") as bar:
             measures = attributes.measure_all([staging / row["file_name"] for row in bare], workers=args.workers,
                                               progress=lambda done: bar.update())
+        quantiles = attributes.metadata_quantiles(row.get("metadata") or {} for row in rows)
         for row, measured in zip(bare, measures):
-            row["attributes"], confidence = attributes.to_attributes(measured)
+            row["attributes"], confidence = attributes.describe(measured, row.get("metadata"), quantiles)
             row["confidence"], row["measured"] = _rounded(confidence), _rounded(measured)
     for row in rows:
         if not row["text"]:
             row["text"] = to_sentence(row["label"], row["attributes"]) if args.prompts == "structured" \
                 else FIXED_PROMPT[row["label"]]
+
+
+def outline_sheet(rows: list[dict], staging: Path) -> None:
+    """Write attributes.png: up to 64 tiles of every class by turns, outlined as they were measured, for people to look over."""
+    import numpy as np
+    from PIL import Image
+
+    from lesion import pictures
+    from lesion.data import attributes, tiles
+    by_label = [[row for row in rows if row["label"] == label] for label in sorted({row["label"] for row in rows})]
+    some = [part[i] for part in by_label for i in np.linspace(0, len(part) - 1, min(len(part), 64 // len(by_label))).astype(int)]
+    raw = [tiles.decode((staging / row["file_name"]).read_bytes(), square=False) for row in some]
+    shown = [Image.fromarray(attributes.outlined(tiles.central_square(image))).resize((256, 256)) for image in raw]
+    pictures.save_png(staging / "attributes.png", pictures.contact_sheet(np.stack([np.asarray(image) for image in shown])))
 
 
 def _rounded(value):

@@ -322,6 +322,23 @@ def test_structured_prompts_carry_what_was_measured(tmp_path):
         assert prompts.from_sentence(row["text"]) == (row["label"], row["attributes"])
         assert row["attributes"].keys() == row["confidence"].keys()
         assert row["measured"]["ita"]
+    with Image.open(tmp_path / "out" / "attributes.png") as sheet:  # 24 tiles, eight a row
+        assert sheet.height * 7 < sheet.width * 3 < sheet.height * 9
+
+
+def test_metadata_goes_before_pixels(tmp_path):
+    """A diameter and a skin tone in the release's table decide the sentence; what it does not say is measured."""
+    source, csv = layouts.official_zip(tmp_path), layouts.split_file(tmp_path)
+    with zipfile.ZipFile(source, "a") as archive:
+        text = "".join(f"{i},{7.5 if k % 2 else ''},20,25\n" for k, i in enumerate(layouts.IDS))
+        archive.writestr("ISIC_2024_Permissive_Training_Input/metadata.csv",
+                         "isic_id,clin_size_long_diam_mm,tbp_lv_Lext,tbp_lv_Bext\n" + text)
+    prepare.main(["--source", str(source), "--out", str(tmp_path / "out"), "--split-file", str(csv), "--workers", "1"])
+    rows = {row["isic_id"]: row for row in files.read_manifest(tmp_path / "out")}
+    assert {row["attributes"]["skin_tone"] for row in rows.values()} == {"dark"}
+    sized = [rows[i]["attributes"]["size"] for i in layouts.IDS[1::2]]
+    assert sized == ["6 to 9 mm"] * 12
+    assert {rows[i]["attributes"].get("size") for i in layouts.IDS[::2]} != {"6 to 9 mm"}
 
 
 @pytest.mark.parametrize(("flags", "message"), [
