@@ -21,6 +21,7 @@ from threadpoolctl import threadpool_limits
 
 from lesion.data.prompts import NAMES, validate
 from lesion.data.segment import MM, SIDE, Segment, segment
+from lesion.data.tiles import decode
 
 # Edges between classes. Clinical where there is a convention: ITA groups (Del Bino & Bernerd 2013), 6 mm (the D of ABCD).
 # The others are set so that no class holds under 10 % of real training tiles (figures in the tests' docstring).
@@ -314,6 +315,5 @@ def measure_all(items: Iterable, workers: int = 2, progress: Callable[[int], Non
 
 def _measure_one(item: np.ndarray | str | Path) -> dict:
     if not isinstance(item, np.ndarray):
-        with Image.open(item) as image:
-            item = np.asarray(image.convert("RGB"))
+        item = decode(Path(item).read_bytes())
     return measure(item)

@@ -240,8 +240,8 @@ def outline_sheet(rows: list[dict], staging: Path) -> None:
     from lesion.data import attributes, tiles
     by_label = [[row for row in rows if row["label"] == label] for label in sorted({row["label"] for row in rows})]
     some = [part[i] for part in by_label for i in np.linspace(0, len(part) - 1, min(len(part), 64 // len(by_label))).astype(int)]
-    raw = [tiles.decode((staging / row["file_name"]).read_bytes(), square=False) for row in some]
-    shown = [Image.fromarray(attributes.outlined(tiles.central_square(image))).resize((256, 256)) for image in raw]
+    raw = [tiles.decode((staging / row["file_name"]).read_bytes()) for row in some]
+    shown = [Image.fromarray(attributes.outlined(image)).resize((256, 256)) for image in raw]
     pictures.save_png(staging / "attributes.png", pictures.contact_sheet(np.stack([np.asarray(image) for image in shown])))
 
 
