@@ -22,7 +22,7 @@ DRAWN = 300         # tiles of a set in a t-SNE map
 ADHERENCE = {       # attribute -> (the measure it should move, its words)
     "skin_tone": (lambda m: -m["ita"], "typology angle, falling"),
     "size": (lambda m: m["diameter_mm"], "longest diameter"),
-    "color": (lambda m: -m["lesion_lab"][0], "darkness of the lesion"),
+    "color": (lambda m: sum(place * share for place, share in enumerate(m["colors"].values())), "mean colour, white to black"),
     "other_colors": (lambda m: sum(share >= attributes.OTHER_COLOR_SHARE for share in m["colors"].values()),
                      "number of colours"),
     "symmetry": (lambda m: m["asymmetry"], "asymmetry"),

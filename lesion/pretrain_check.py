@@ -16,7 +16,7 @@ from lesion.pretrain_unet import load_vae
 from lesion.sd import checkpoint, pipeline
 from lesion.sd.vae import to_images_u8, to_pixels
 
-GUIDANCE = (1.5, 3.0, 5.0, 7.5)
+GUIDANCE = (2.0, 3.0, 5.0)
 STEERED = ("skin_tone", "color", "size")
 TRIED, DRAWN = 64, 200  # tiles a guidance scale is chosen by, and judged on
 DRAW_STEPS = 30
@@ -52,27 +52,32 @@ def check_vae(args) -> dict:
 
 def check_base(args) -> dict:
     """What the prompts steer (Spearman, asked against measured) and how far DRAWN tiles are from the benign tiles of `val` (KID beside
-    the value between two real samples of that size). Captions and guidance come from the training tiles alone."""
-    rows = files.read_manifest(args.data)
-    benign = [row for row in rows if row["label"] == "benign" and row["split"] == "train"]
-    sd = checkpoint.load(args.out)
-    guidance = {}
+    the value between two real samples of that size). Captions come from the training tiles alone, and so does the guidance scale: the
+    one whose tiles are nearest to the benign training tiles (KID)."""
+    rows = [row for row in files.read_manifest(args.data) if row["label"] == "benign"]
+    benign = [row for row in rows if row["split"] == "train"]
+    sd, extractor = checkpoint.load(args.out), features.choose(args.features)
+
+    def real_tiles(some):
+        tiles = load_tiles(args.data, some, 128)
+        return tiles, features.cached(extractor, tiles.images_u8, Path(args.data) / ".cache")
+    _, known = real_tiles(benign[:1000])
+    tried = {}
     for scale in GUIDANCE:
         asked = prompts.draw_attributes(benign, TRIED, args.seed)
-        steering = steer(asked, draw_tiles(sd, asked, scale, 1_000_000))
-        guidance[scale] = {name: part["mean"] for name, part in steering.items()}
-    best = max(GUIDANCE, key=lambda scale: np.mean([r or 0.0 for r in guidance[scale].values()]))
+        images_u8 = draw_tiles(sd, asked, scale, 1_000_000)
+        tried[scale] = {"kid": fidelity.kid(known, extractor.run(images_u8))[0],
+                        **{name: part["mean"] for name, part in steer(asked, images_u8).items()}}
+    best = min(GUIDANCE, key=lambda scale: tried[scale]["kid"])
     asked = prompts.draw_attributes(benign, DRAWN, args.seed + 1)
     images_u8 = draw_tiles(sd, asked, best, 2_000_000)
-    real = load_tiles(args.data, [row for row in rows if row["label"] == "benign" and row["split"] == "val"], 128)
-    extractor = features.choose(args.features)
-    ours, theirs = extractor.run(images_u8), features.cached(extractor, real.images_u8, Path(args.data) / ".cache")
-    value, error = fidelity.kid(theirs, ours)
+    real, theirs = real_tiles([row for row in rows if row["split"] == "val"])
+    value, error = fidelity.kid(theirs, extractor.run(images_u8))
     floor, spread = fidelity.real_vs_real(lambda x, y: fidelity.kid(x, y)[0], theirs, min(DRAWN, len(theirs) // 2))
     some = np.linspace(0, len(real.images_u8) - 1, 64).astype(int)
     sheet = np.concatenate([np.concatenate([images_u8[i:i + 8], real.images_u8[some[i:i + 8]]]) for i in range(0, 64, 8)])
     pictures.save_png(args.out / "samples" / "check-base.png", pictures.contact_sheet(sheet, 16, ["eight drawn, eight real"] * 8))
-    return {"guidance_tried": guidance, "guidance_scale": best, "drawn": DRAWN, "steering": steer(asked, images_u8),
+    return {"guidance_tried": tried, "guidance_scale": best, "drawn": DRAWN, "steering": steer(asked, images_u8),
             "kid": value, "kid_se": error, "real_vs_real": floor, "real_vs_real_sd": spread, "features": extractor.name}
 
 

@@ -126,13 +126,13 @@ def test_adherence_pairs_asked_with_measured():
     values = NAMES["size"]
     rows = [{"attributes": {"size": values[i % 5]}} for i in range(30)] + [{"attributes": {}}]
     measured = [{"diameter_mm": 2.0 + i % 5, "confidence": {"mask": 0.9 if i < 25 else 0.0}} for i in range(31)]
-    row = picture_sets._adherence("size", rows, measured)
+    row = picture_sets.adherence("size", rows, measured)
     assert row["n"] == 25
     assert row["mean"] == pytest.approx(1)
     tones = [{"attributes": {"skin_tone": tone}} for tone in NAMES["skin_tone"]] * 3
     light_to_dark = [{"ita": angle, "confidence": {}} for angle in (60, 50, 35, 20, 0, -50)] * 3
-    assert picture_sets._adherence("skin_tone", tones, light_to_dark)["mean"] == pytest.approx(1)
-    assert picture_sets._adherence("edge", tones, light_to_dark)["mean"] is None
+    assert picture_sets.adherence("skin_tone", tones, light_to_dark)["mean"] == pytest.approx(1)
+    assert picture_sets.adherence("edge", tones, light_to_dark)["mean"] is None
 
 
 def test_learning_curves_find_the_checkpoint_of_each_set(material, tmp_path):

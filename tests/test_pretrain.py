@@ -86,7 +86,7 @@ def test_both_stages_resume_and_load(data, tmp_path, monkeypatch, capsys):
 
 
     monkeypatch.setattr(pretrain_check, "GUIDANCE", (1.0, 3.0))
-    monkeypatch.setattr(pretrain_check, "TRIED", 2)
+    monkeypatch.setattr(pretrain_check, "TRIED", 4)
     monkeypatch.setattr(pretrain_check, "DRAWN", 12)
     monkeypatch.setattr(pretrain_check, "DRAW_STEPS", 2)
     run("check", with_val(data, tmp_path / "val", 8), whole)
