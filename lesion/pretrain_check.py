@@ -16,7 +16,7 @@ from lesion.pretrain_unet import load_vae
 from lesion.sd import checkpoint, pipeline
 from lesion.sd.vae import to_images_u8, to_pixels
 
-GUIDANCE = (2.0, 3.0, 5.0)
+GUIDANCE = (2.0, 3.0, 5.0, 7.5)
 STEERED = ("skin_tone", "color", "size")
 TRIED, DRAWN = 64, 200  # tiles a guidance scale is chosen by, and judged on
 DRAW_STEPS = 30
@@ -52,8 +52,8 @@ def check_vae(args) -> dict:
 
 def check_base(args) -> dict:
     """What the prompts steer (Spearman, asked against measured) and how far DRAWN tiles are from the benign tiles of `val` (KID beside
-    the value between two real samples of that size). Captions come from the training tiles alone, and so does the guidance scale: the
-    one whose tiles are nearest to the benign training tiles (KID)."""
+    the value between two real samples of that size). Captions come from the training tiles alone, and so do both guidance scales: that
+    which steers best, and that whose tiles are nearest to the benign training tiles."""
     rows = [row for row in files.read_manifest(args.data) if row["label"] == "benign"]
     benign = [row for row in rows if row["split"] == "train"]
     sd, extractor = checkpoint.load(args.out), features.choose(args.features)
@@ -68,17 +68,20 @@ def check_base(args) -> dict:
         images_u8 = draw_tiles(sd, asked, scale, 1_000_000)
         tried[scale] = {"kid": fidelity.kid(known, extractor.run(images_u8))[0],
                         **{name: part["mean"] for name, part in steer(asked, images_u8).items()}}
-    best = min(GUIDANCE, key=lambda scale: tried[scale]["kid"])
+    steering = max(GUIDANCE, key=lambda scale: np.mean([tried[scale][name] or 0.0 for name in STEERED]))
+    nearest = min(GUIDANCE, key=lambda scale: tried[scale]["kid"])
     asked = prompts.draw_attributes(benign, DRAWN, args.seed + 1)
-    images_u8 = draw_tiles(sd, asked, best, 2_000_000)
+    drawn = {scale: draw_tiles(sd, asked, scale, 2_000_000) for scale in {steering, nearest}}
+    images_u8 = drawn[nearest]
     real, theirs = real_tiles([row for row in rows if row["split"] == "val"])
     value, error = fidelity.kid(theirs, extractor.run(images_u8))
     floor, spread = fidelity.real_vs_real(lambda x, y: fidelity.kid(x, y)[0], theirs, min(DRAWN, len(theirs) // 2))
     some = np.linspace(0, len(real.images_u8) - 1, 64).astype(int)
     sheet = np.concatenate([np.concatenate([images_u8[i:i + 8], real.images_u8[some[i:i + 8]]]) for i in range(0, 64, 8)])
     pictures.save_png(args.out / "samples" / "check-base.png", pictures.contact_sheet(sheet, 16, ["eight drawn, eight real"] * 8))
-    return {"guidance_tried": tried, "guidance_scale": best, "drawn": DRAWN, "steering": steer(asked, images_u8),
-            "kid": value, "kid_se": error, "real_vs_real": floor, "real_vs_real_sd": spread, "features": extractor.name}
+    return {"guidance_tried": tried, "drawn": DRAWN, "steering_guidance": steering, "steering": steer(asked, drawn[steering]),
+            "kid_guidance": nearest, "kid": value, "kid_se": error, "real_vs_real": floor, "real_vs_real_sd": spread,
+            "features": extractor.name}
 
 
 def draw_tiles(sd, asked: list[dict], guidance_scale: float, first_seed: int) -> np.ndarray:
