@@ -59,10 +59,16 @@ def keep_freed_memory() -> None:
 
 
 def peak_mem_gib(where: torch.device) -> float:
-    """Peak memory so far: the allocator's on CUDA, the process's resident set elsewhere."""
+    """Peak memory so far: the allocator's on CUDA, the process's resident set elsewhere.
+
+    On Linux from VmHWM: getrusage's ru_maxrss also counts the process that started this one.
+    """
     if where.type == "cuda":
         return torch.cuda.max_memory_allocated(where) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "linux" else 2**30)
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes on macOS
 
 
 def synchronize(where: torch.device) -> None:

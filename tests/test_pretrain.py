@@ -25,6 +25,7 @@ def data(tmp_path_factory):
         image = rng.normal([200, 150, 130], 10, (128, 128, 3)) - 80 * (np.hypot(*np.mgrid[-64:64, -64:64]) < 10 + i)[..., None]
         Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / "images" / f"{i}.png")
         rows.append({"file_name": f"images/{i}.png", "label": "benign", "split": "val" if i == 24 else "train",
+                     "attributes": {"skin_tone": prompts.NAMES["skin_tone"][i % 6]},
                      "text": prompts.to_sentence("benign", {"skin_tone": prompts.NAMES["skin_tone"][i % 6]})})
     (folder / "images" / "24.png").write_bytes(b"a val tile is never opened")
     files.write_manifest(folder, rows)

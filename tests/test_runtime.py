@@ -3,6 +3,8 @@
 import hashlib
 import json
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -216,3 +218,15 @@ def test_provenance(monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", no_git)
     assert runtime.provenance()["git_commit"] is None
+
+
+def test_peak_memory_is_this_process_own():
+    """A small process started by a large one reports its own peak, and half a GiB touched is seen in it."""
+    code = ("import torch; from lesion import runtime; small = runtime.peak_mem_gib(torch.device('cpu')); x = torch.ones(2**27); "
+            "print(small, runtime.peak_mem_gib(torch.device('cpu')))")
+    here = torch.ones(3 * 2**28)  # 3 GiB, which ru_maxrss of the child would count
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=True)
+    small, large = map(float, done.stdout.split())
+    assert here[0] == 1
+    assert small < 2
+    assert 0.4 < large - small < 0.7
