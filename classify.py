@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lesion import cli, experiments
 
-FREE = ("experiments", "seeds", "synthetic", "checked", "notes", "counts", "device")  # may differ when a run goes on
+FREE = ("experiments", "seeds", "synthetic", "synthetic_sha256", "checked", "notes", "counts", "device")  # may differ when a run goes on
 UNRECORDED = ("out", "resume", "save_weights", "synthetic")
 
 

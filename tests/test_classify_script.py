@@ -118,6 +118,18 @@ def test_finished_runs_are_skipped_and_more_can_be_added(sweep, tiles, capsys):
     assert bytes_of(out) == after
 
 
+def test_synthetic_arms_can_follow(tiles, capsys):
+    """A folder begun with a real arm takes S2 once there are synthetic tiles, and then no others."""
+    out = tiles / "real_first"
+    classify.main(["--data", str(tiles / "data"), "--out", str(out), *QUICK, "--experiments", "A1"])
+    classify.main(flags(tiles, out, "--experiments", "S2"))
+    assert (out / "S2" / "seed0" / "predictions.csv").is_file()
+    seen = [row for row in files.read_manifest(tiles / "data") if row["split"] == "train"]
+    write_synthetic(tiles / "others", 12, seen, seed=8)
+    with pytest.raises(ValueError, match="runs with other synthetic tiles"):
+        classify.main(flags(tiles, out, "--experiments", "S2", "--synthetic", str(tiles / "others")))
+
+
 def test_arms_are_different_runs(sweep):
     """A1, S2 and O1 score the same tiles differently: each really learnt from its own set."""
     scores = [predictions.read_runs(sweep[0])[arm][0].scores for arm in ("A1", "S2", "O1")]
