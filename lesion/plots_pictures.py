@@ -139,8 +139,9 @@ def learning(runs: list[dict]) -> Figure:
             upper.annotate("least loss", (run["best"], 1), xycoords=("data", "axes fraction"), xytext=(3, -9),
                            textcoords="offset points", fontsize=8, color=GREY)
             lower.axhline(0.01, color=GREY, linewidth=1, linestyle=":")
-            lower.set(xlabel="training step", ylim=(0, None))
+            lower.set_xlabel("training step")
             lower.yaxis.set_major_formatter(PercentFormatter(1))
+        axes[1, 0].set_ylim(0)  # of all columns, once every interval is drawn
         axes[0, 0].set_ylabel("validation loss")
         axes[1, 0].set_ylabel("called copies\n(dotted: real tiles)")
         return chart

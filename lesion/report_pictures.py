@@ -108,7 +108,8 @@ def findings(results: dict) -> list[str]:
         text = f"{row['name']}: the {row['n']} tiles {told} (two-sample {_auc(test)}, p {p_value(test['p'])})"
         if row["name"] in copies:
             copy = copies[row["name"]]
-            text += f"; {copy['copies']} are called copies of a training tile ({_percent(copy)}, real tiles about 1 %)"
+            called = "1 is called a copy" if copy["copies"] == 1 else f"{copy['copies']} are called copies"
+            text += f"; {called} of a training tile ({_percent(copy)}, real tiles about 1 %)"
         texts.append(text + ".")
     if ceiling:
         texts.append(f"Held-out real tiles against the same training tiles: {_auc(ceiling['against_real'])}.")
@@ -252,5 +253,5 @@ def _dropped(material, found, out):
         names = [part.rows[i]["file_name"] for i in np.flatnonzero(found[part.name].is_copy)]
         target = out / part.name.replace("/", "-")
         left = memorisation.drop_copies(part.folder, names, target)
-        texts.append(f"{part.name} without its {len(names)} copies: {left} tiles in {target}.")
+        texts.append(f"{part.name} without its {len(names)} {'copy' if len(names) == 1 else 'copies'}: {left} tiles in {target}.")
     return " ".join(texts)

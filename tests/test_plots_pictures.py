@@ -88,3 +88,11 @@ def test_learning_marks_the_least_loss_and_says_when_there_is_nothing(images):
     assert [line.get_xdata()[0] for axis in chart.axes for line in axis.lines if line.get_linestyle() == "--"] == [10, 10]
     none = plots_pictures.learning([{"name": "run", "steps": [0, 10], "losses": [1.0, 0.5], "best": 10, "copies": []}])
     assert any("no tiles drawn" in text.get_text() for axis in none.axes for text in axis.texts)
+
+
+def test_learning_shows_whole_intervals():
+    """The axis of the copies, shared by the columns, holds the widest interval of any of them."""
+    run = {"name": "run", "steps": [0, 10], "losses": [1.0, 0.5], "best": 10}
+    chart = plots_pictures.learning([run | {"copies": [(10, 0.01, 0.0, 0.02)]}, run | {"copies": [(10, 0.1, 0.0, 0.4)]}])
+    assert chart.axes[-1].get_ylim()[0] == 0
+    assert chart.axes[-1].get_ylim()[1] >= 0.4
