@@ -54,7 +54,7 @@ def parse(argv=None):
     group = parser.add_argument_group("how")
     group.add_argument("--sampler", choices=("ddim", "ddpm", "dpmpp"), default="ddim", help="dpmpp is good at 20 steps")
     group.add_argument("--steps", type=cli.number(int, low=1, high=1000), default=50, help="sampling steps")
-    group.add_argument("--guidance-scale", type=cli.number(float, low=0), help="1: no guidance; default: 7.5, for mini 3")
+    group.add_argument("--guidance-scale", type=cli.number(float, low=0), help="1: no guidance; default: 7.5, for mini 2")
     group.add_argument("--eta", type=cli.number(float, low=0, high=1), default=0.0, help="DDIM's share of fresh noise")
     group.add_argument("--seed", type=cli.number(int, low=0, high=2**32 - 1), default=0, help="of the first image; image i has SEED + i")
     group.add_argument("--batch-size", type=cli.number(int, low=1), default=8, help="images at a time")
