@@ -23,6 +23,12 @@ HUB_FILES = ["model_index.json", "*/config.json", "scheduler/*.json", "tokenizer
              "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"]
 CONVERT = ("is a pickle, which can run code when opened; convert it once, somewhere safe: safetensors.torch.save_file("
            "torch.load(FILE, weights_only=True)['state_dict'], 'model.safetensors')")
+BUILT_IN = {  # what the code takes for granted: a folder that says otherwise would load, and draw wrong pictures
+    "unet": {"act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "center_input_sample": False, "norm_eps": 1e-5},
+    "vae": {"act_fn": "silu"},
+    "text_encoder": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+    "scheduler": {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
+}
 COMPONENTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
 
@@ -97,13 +103,18 @@ def _from_folder(folder: Path):
         if not (folder / part / "config.json").is_file():
             raise ValueError(f"{folder} is not a Stable Diffusion folder: {part}/config.json is missing")
     unet, vae, text = (_config(folder / part / "config.json") for part in COMPONENTS)
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    prediction = _config(scheduler).get("prediction_type", "epsilon") if scheduler.is_file() else "epsilon"
+    scheduler = _config(file) if (file := folder / "scheduler" / "scheduler_config.json").is_file() else {}
+    prediction = scheduler.get("prediction_type", "epsilon")
     heads = unet.get("num_attention_heads") or unet.get("attention_head_dim", 8)
     if unet.get("cross_attention_dim") == 1024 or unet.get("use_linear_projection") or prediction != "epsilon" \
             or not isinstance(heads, int):
         raise ValueError(f"{folder} is a Stable Diffusion 2 checkpoint or another variant (linear projections, "
                          f"{prediction} prediction or a list of heads): this project works on Stable Diffusion 1.x")
+    for part, config in (("unet", unet), ("vae", vae), ("text_encoder", text), ("scheduler", scheduler)):
+        for key, value in BUILT_IN[part].items():
+            if config.get(key, value) != value:
+                raise ValueError(f"{folder}: {part} has {key} {config[key]!r} and Stable Diffusion 1.x has {value!r}: nothing else is "
+                                 "built here")
     try:
         unet_config = UNetConfig(tuple(unet["block_out_channels"]), unet.get("layers_per_block", 2), unet["cross_attention_dim"], heads,
                                  unet.get("in_channels", 4), unet.get("out_channels", 4), unet.get("norm_num_groups", 32))

@@ -346,6 +346,16 @@ def test_sd2_folder_is_named(folder, shared, part, changes):
     assert "is a Stable Diffusion 2 checkpoint or another variant" in refusal(folder, shared)
 
 
+@pytest.mark.parametrize(("part", "changes"), [
+    ("text_encoder", {"hidden_act": "gelu"}), ("unet", {"flip_sin_to_cos": False}), ("vae", {"act_fn": "gelu"}),
+    ("scheduler", {"beta_schedule": "linear"})])  # fmt: skip
+def test_other_formulas_are_refused(folder, shared, part, changes):
+    """The shapes of 1.x with another activation, embedding or noise schedule: it would load, and draw something else."""
+    configure(folder, part, **changes)
+    ((key, value),) = changes.items()
+    assert f"{part} has {key} {value!r} and Stable Diffusion 1.x has" in refusal(folder, shared)
+
+
 def test_sd2_single_file_is_named(single, shared):
     """OpenCLIP's names give it away."""
     tensors, write = single
