@@ -34,12 +34,14 @@ ADHERENCE = {       # attribute -> (the measure it should move, its words)
 
 @dataclass
 class Set:
-    """Tiles of one kind: images_u8 [M,R,R,3], their manifest rows, features [M,D], the folder they lie in."""
+    """Tiles of one kind: images_u8 [M,R,R,3], their manifest rows, the folder they lie in; features [M,D] for comparing sets,
+    copy_features [M,E] for finding copies."""
     name: str
     folder: Path
     images: np.ndarray
     rows: list[dict]
     features: np.ndarray
+    copy_features: np.ndarray
 
     def patients(self) -> np.ndarray:
         """Who each tile belongs to, [M]."""
@@ -48,9 +50,11 @@ class Set:
 
 @dataclass
 class Material:
-    """Everything that is compared; `notes` are sentences for the report."""
+    """Everything that is compared; `notes` are sentences for the report. copy_extractor: as extractor, but never a classifier: one that
+    was fitted to the training tiles sees them otherwise than held-out ones, and the limit for copies rests on those."""
     label: str
     extractor: features.Extractor
+    copy_extractor: features.Extractor
     real: Set
     held_out: Set | None
     other: Set
@@ -80,13 +84,13 @@ def gather(folders: list[Path], data: Path, classify: Path | None = None, progre
         raise ValueError(f"{data} has no training tile labelled {label!r}, the class of {folders[0]}")
     for folder in folders:
         _refuse_leaks(folder, held, notes)
-    extractor = features.choose(_baseline(classify), str(runtime.device()))
+    extractor, copy_extractor = (features.choose(path, str(runtime.device())) for path in (_baseline(classify), None))
 
     def load(name, folder, rows):
         tiles = load_tiles(folder, rows, side, progress)
         notes.extend(f"{folder}: left out, unreadable: {problem}" for problem in tiles.unreadable)
-        return Set(name, Path(folder), tiles.images_u8, tiles.rows,
-                   features.cached(extractor, tiles.images_u8, Path(folder) / ".cache"))
+        both = (features.cached(each, tiles.images_u8, Path(folder) / ".cache") for each in (extractor, copy_extractor))
+        return Set(name, Path(folder), tiles.images_u8, tiles.rows, *both)
 
     training = load("training tiles", data, train)
     training = _subset(training, _first_of_each(training.images), training.name)
@@ -95,7 +99,7 @@ def gather(folders: list[Path], data: Path, classify: Path | None = None, progre
     order = np.sort(np.random.default_rng(0).permutation(len(unseen.rows))[:CALIBRATION])
     held_out = _subset(unseen, np.flatnonzero(of_class[1]), f"held-out real {label}") if of_class[1].any() else None
     synthetic = [load(name, *pair) for name, *pair in zip(_names(folders), folders, synthetic_rows)]
-    return Material(label, extractor, _subset(training, np.flatnonzero(of_class[0]), f"real {label}"), held_out,
+    return Material(label, extractor, copy_extractor, _subset(training, np.flatnonzero(of_class[0]), f"real {label}"), held_out,
                     _subset(training, np.flatnonzero(~of_class[0]), "real, other class"), training,
                     _subset(unseen, order, "calibration"), synthetic, notes)
 
@@ -132,7 +136,8 @@ def _baseline(classify):
 
 
 def _subset(tiles, index, name):
-    return Set(name, tiles.folder, tiles.images[index], [tiles.rows[i] for i in index], tiles.features[index])
+    return Set(name, tiles.folder, tiles.images[index], [tiles.rows[i] for i in index], tiles.features[index],
+               tiles.copy_features[index])
 
 
 def _first_of_each(images):
@@ -212,7 +217,8 @@ def judge_copies(material: Material) -> tuple[dict, dict[str, Copies]]:
     calibration = _search(material.calibration, material, vectors)
     limits = memorisation.thresholds(_relative(calibration))
     results = {"limits": dict(zip(("pixels", "features"), limits.tolist())), "sets": [],
-               "calibration": len(material.calibration.rows), "training": len(material.training.rows)}
+               "calibration": len(material.calibration.rows), "training": len(material.training.rows),
+               "features": material.copy_extractor.name}
     found = {}
     for part in material.synthetic:
         pixels, by_features = _search(part, material, vectors)
@@ -230,12 +236,12 @@ def judge_copies(material: Material) -> tuple[dict, dict[str, Copies]]:
 
 def _search(part, material, vectors):
     pixels = memorisation.nearest_pixels(part.images, vectors)
-    if material.extractor.invariant:
-        queries = [part.features]
+    if material.copy_extractor.invariant:
+        queries = [part.copy_features]
     else:
-        queries = [features.cached(material.extractor, np.ascontiguousarray(view), part.folder / ".cache")
+        queries = [features.cached(material.copy_extractor, np.ascontiguousarray(view), part.folder / ".cache")
                    for view in memorisation.views(part.images)]
-    return pixels, memorisation.nearest(queries, material.training.features)
+    return pixels, memorisation.nearest(queries, material.training.copy_features)
 
 
 def _relative(pair):
@@ -246,10 +252,10 @@ def _three_sample(part, material):
     """Meehan's test in features, training and held-out tiles of the class itself; {} with fewer than 10 held out."""
     if not _enough(material.held_out):
         return {}
-    real, unseen = material.real.features, material.held_out.features
-    own, other = (memorisation.nearest([rows], real).distance for rows in (part.features, unseen))
+    ours, real, unseen = (tiles.copy_features for tiles in (part, material.real, material.held_out))
+    own, other = (memorisation.nearest([rows], real).distance for rows in (ours, unseen))
     count = min(10, len(unseen) // 20)
-    groups = memorisation.cells(real, part.features, unseen, count=count) if count > 1 else (None, None)
+    groups = memorisation.cells(real, ours, unseen, count=count) if count > 1 else (None, None)
     return {"three_sample": vars(memorisation.three_sample(own, other, *groups)), "held_out": len(unseen)}
 
 
