@@ -74,7 +74,7 @@ def flags(tiny, data, out, *more):
         "--val-every",
         4,
         "--resolution",
-        64,
+        128,  # at 64 the deepest map is one pixel, the softmax over it constant, and its queries' and keys' gradients zero
         *more,
     ]
 

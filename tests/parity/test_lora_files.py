@@ -111,13 +111,14 @@ def test_diffusers_keys_are_pinned(tiny, tmp_path):
 def test_we_load_diffusers(tiny, tmp_path, alpha):
     """A LoRA trained with peft and saved by StableDiffusionPipeline.save_lora_weights, alpha in its adapter metadata."""
     from diffusers import StableDiffusionPipeline
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
     from peft.utils import get_peft_model_state_dict
     pipe = StableDiffusionPipeline.from_pretrained(tiny / "folder", safety_checker=None)
     config = LoraConfig(r=RANK, lora_alpha=alpha, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
     text_config = LoraConfig(r=RANK, lora_alpha=alpha, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"])
-    pipe.unet.add_adapter(config)
-    pipe.text_encoder.add_adapter(text_config)
+    for model, settings in ((pipe.unet, config), (pipe.text_encoder, text_config)):  # transformers' add_adapter wants a peft to come
+        inject_adapter_in_model(settings, model)
+        model.peft_config = {"default": settings}
     g = torch.Generator().manual_seed(0)
     for model in (pipe.unet, pipe.text_encoder):
         for key, parameter in model.named_parameters():
