@@ -13,7 +13,9 @@ import os
 from datetime import timedelta
 from pathlib import Path
 
-from lesion import cli, experiments
+from lesion.classify import arms
+from lesion.run import cli
+from lesion.tiles import seen
 
 FREE = ("experiments", "seeds", "synthetic", "synthetic_sha256", "checked", "notes", "counts", "device")  # may differ when a run goes on
 UNRECORDED = ("out", "resume", "save_weights", "synthetic")
@@ -37,9 +39,9 @@ def parse(argv=None):
     group.add_argument("--accept-unknown-synthetic", action="store_true",
                        help="go on although nothing says what the generator of the synthetic tiles has seen")
     group = parser.add_argument_group("experiments")
-    names, arms = list(experiments.ARMS), experiments.ARMS.items()
+    names = list(arms.ARMS)
     group.add_argument("--experiments", nargs="+", choices=names, default=names, metavar="ARM",
-                       help="; ".join(f"{name} = {arm.meaning}" for name, arm in arms))
+                       help="; ".join(f"{name} = {arm.meaning}" for name, arm in arms.ARMS.items()))
     group.add_argument("--seeds", type=cli.number(int, low=1), default=5, help="5 for a table, 1 for a quick look")
     group.add_argument("--seed", type=cli.number(int, low=0), default=0, help="of the splits, and the first seed")
     group.add_argument("--folds", type=cli.number(int, low=2), help="cross-fit over patients: each tile is tested once")
@@ -70,15 +72,16 @@ def main(argv=None) -> None:
     args = parse(argv)
     import torch
 
-    from lesion import classifier, predictions, runs, runtime
+    from lesion.classify import network, predictions
+    from lesion.run import devices, folders
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     if world > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
         if args.device == "auto" and torch.cuda.is_available():
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    where = runtime.device(args.device)
+    where = devices.device(args.device)
     if where.type == "cpu":
-        runtime.keep_freed_memory()
+        devices.keep_freed_memory()
     if args.precision == "auto":
         args.precision = "fp16" if where.type == "cuda" else "fp32"
     args.lr = args.lr or (1e-3 if args.weights == "none" else 1e-4)
@@ -87,13 +90,13 @@ def main(argv=None) -> None:
 
     # Everything that can be wrong with the input is found before anything is written.
     folds, identity = read_parts(args)
-    extra = [experiments.extra_count(args.ratio, parts.train) for parts in folds]
+    extra = [arms.extra_count(args.ratio, parts.train) for parts in folds]
     synthetic, checked = read_synthetic(args, folds, extra)
-    classifier.build(args.arch, args.weights, args.seed)
+    network.build(args.arch, args.weights, args.seed)
     images = read_images(args, folds, synthetic)
     recipe = describe(args, folds, extra, identity, synthetic, checked)
     if rank == 0:
-        runs.open_run(args.out, recipe, args.resume, FREE)
+        folders.open_run(args.out, recipe, args.resume, FREE)
         for note in recipe["notes"]:
             print(f"note: {note}", flush=True)
     if world > 1:
@@ -108,7 +111,7 @@ def main(argv=None) -> None:
             print(f"{title}: done before", flush=True)
         else:
             tiles = images(folds[fold], synthetic[fold])
-            train_one(args, where, experiments.ARMS[name], seed, fold, place, title, folds[fold], tiles, extra[fold])
+            train_one(args, where, arms.ARMS[name], seed, fold, place, title, folds[fold], tiles, extra[fold])
         if args.folds:
             predictions.merge_folds(folder, args.folds)
     if world > 1:
@@ -119,26 +122,26 @@ def main(argv=None) -> None:
 
 def read_parts(args):
     """The parts of each fold (one without --folds), checked, and the SHA-256 of all that decides them."""
-    from lesion import files
-    from lesion.data.tiles import recorded_norm
+    from lesion.run import files
+    from lesion.tiles.decode import recorded_norm
     rows = files.read_manifest(args.data)
     for row in rows:
         path = args.data / row["file_name"]
         row["sha256"] = row.get("sha256") or (files.sha256_file(path) if path.is_file() else None)
     if args.folds:
-        folds = experiments.split_folds(rows, args.folds, args.validation_share, args.seed)
+        folds = arms.split_folds(rows, args.folds, args.validation_share, args.seed)
     else:
-        folds = [experiments.split_parts(rows, args.validation_share, args.seed)]
+        folds = [arms.split_parts(rows, args.validation_share, args.seed)]
     for parts in folds:
-        experiments.check_parts(parts, args.accept_overlap)
-        parts.train = experiments.limit_benign(parts.train, args.max_benign, args.seed)
+        arms.check_parts(parts, args.accept_overlap)
+        parts.train = arms.limit_benign(parts.train, args.max_benign, args.seed)
     keys = ("file_name", "label", "split", "patient_id", "sha256")
     return folds, files.sha256_json([recorded_norm(args.data), *([row.get(key) for key in keys] for row in rows)])
 
 
 def read_synthetic(args, folds, extra):
     """Rows of synthetic tiles of each fold, and the record of the leak check; empty without an arm that needs them."""
-    if not any(experiments.ARMS[name].extra == "synthetic" for name in args.experiments):
+    if not any(arms.ARMS[name].extra == "synthetic" for name in args.experiments):
         return [[] for _ in folds], None
     if not args.synthetic:
         raise ValueError("S2 and S2w need synthetic tiles: give --synthetic DIR (made by generate.py), or leave them "
@@ -147,8 +150,8 @@ def read_synthetic(args, folds, extra):
         raise ValueError(f"--synthetic names {len(args.synthetic)} folders for {len(folds)} folds: give one, or one a "
                          "fold")
     folders = args.synthetic * len(folds) if len(args.synthetic) == 1 else args.synthetic
-    rows = [experiments.choose_synthetic(folder, count, args.seed) for folder, count in zip(folders, extra)]
-    checked = [experiments.check_synthetic(folder, chosen, parts, args.accept_unknown_synthetic, args.accept_overlap)
+    rows = [arms.choose_synthetic(folder, count, args.seed) for folder, count in zip(folders, extra)]
+    checked = [seen.check_synthetic(folder, chosen, parts, args.accept_unknown_synthetic, args.accept_overlap)
                for folder, chosen, parts in zip(folders, rows, folds)]
     for folder, chosen in zip(folders, rows):
         for row in chosen:
@@ -164,7 +167,7 @@ def read_images(args, folds, synthetic):
     import numpy as np
     import torch
 
-    from lesion.data.tiles import load_tiles
+    from lesion.tiles.decode import load_tiles
     rows = {row["file_name"]: row for parts in folds for part in (parts.train, parts.val, parts.test) for row in part}
     tiles = load_tiles(args.data, list(rows.values()), args.image_size, cli.progress)
     images, place = [np.asarray(tiles.images_u8)], {(None, row["file_name"]): i for i, row in enumerate(tiles.rows)}
@@ -174,7 +177,7 @@ def read_images(args, folds, synthetic):
             if lost := len(getattr(parts, name)) - len(readable):
                 parts.notes.append(f"{lost} tiles of {name} cannot be read and are left out, as {tiles.unreadable[0]}")
             setattr(parts, name, readable)
-        experiments.check_parts(parts, args.accept_overlap)
+        arms.check_parts(parts, args.accept_overlap)
     for folder in {row["folder"]: None for chosen in synthetic for row in chosen}:
         chosen = list({row["file_name"]: row for part in synthetic for row in part if row["folder"] == folder}.values())
         drawn = load_tiles(folder, chosen, args.image_size)
@@ -197,7 +200,8 @@ def describe(args, folds, extra, identity, synthetic, checked):
     """args.json: what the runs in the folder share, which --resume compares, and what was found when it was made."""
     import json
 
-    from lesion import files, runtime
+    from lesion.run import files
+    from lesion.run.state import provenance
     path = args.out / "args.json"
     old = json.loads(path.read_text()) if path.is_file() else {}
     tiles = [[(row["folder"] / row["file_name"]) for row in chosen] for chosen in synthetic]
@@ -215,43 +219,44 @@ def describe(args, folds, extra, identity, synthetic, checked):
                          "as validation: thresholds and checkpoints of S2 and S2w are chosen on tiles it knew; test "
                          "tiles it never saw")
     flags = {key: value for key, value in vars(args).items() if key not in UNRECORDED}
-    counts = [{name: {label: sum(row["label"] == label for row in getattr(parts, name)) for label in experiments.LABELS}
+    counts = [{name: {label: sum(row["label"] == label for row in getattr(parts, name)) for label in arms.LABELS}
                for name in ("train", "val", "test")} | {"added": count} for parts, count in zip(folds, extra)]
     return {**flags, "data": str(args.data), "data_sha256": identity, "synthetic_sha256": sha or known,
-            "experiments": [name for name in experiments.ARMS
+            "experiments": [name for name in arms.ARMS
                             if name in args.experiments or name in old.get("experiments", [])],
             "seeds": max(args.seeds, old.get("seeds", 0)), "counts": counts, "checked": checked or old.get("checked"),
-            "notes": list(dict.fromkeys(notes + old.get("notes", []))), "provenance": runtime.provenance()}
+            "notes": list(dict.fromkeys(notes + old.get("notes", []))), "provenance": provenance()}
 
 
 def train_one(args, where, arm, seed, fold, place, title, parts, tiles, extra):
     """Train one arm with one seed, from its saved state if there is one; write metrics.jsonl and predictions.csv."""
     import torch
 
-    from lesion import classifier, files, predictions
+    from lesion.classify import network, predictions
+    from lesion.run import files
     images, labels = (tensor.to(where) for tensor in tiles)
     real, held, tested = len(parts.train), len(parts.val), len(parts.test)
     synthetic = len(images) - real - held - tested
     malignant = [i for i, row in enumerate(parts.train) if row["label"] == "malignant"]
-    order = experiments.order_of(arm, real, malignant, synthetic, extra)
+    order = arms.order_of(arm, real, malignant, synthetic, extra)
     index = torch.arange(len(images))
     val, test = index[len(images) - held - tested:len(images) - tested], index[len(images) - tested:]
     per_epoch = -(-real // args.batch_size)
-    recipe = classifier.Recipe(
+    recipe = network.Recipe(
         steps=args.epochs * per_epoch, steps_per_epoch=per_epoch, batch_size=args.batch_size, lr=args.lr,
         weight_decay=args.weight_decay, weight_power=args.weight_power, precision=args.precision,
         augmentation=args.augmentation if arm.augmented else "none")
-    model = classifier.build(args.arch, args.weights, args.seed + seed).to(where)
+    model = network.build(args.arch, args.weights, args.seed + seed).to(where)
     state = place / "state.safetensors"
     with cli.progress(total=recipe.steps, desc=title, unit="step") as bar:
         def on_epoch(row):
             bar.update(row["step"] - bar.n)
             bar.set_postfix_str(f"loss {row['loss']:.3f} val AUPRC {row['val_auprc']:.3f}")
-        train, held_back = (classifier.Pool(images, labels, part) for part in (torch.tensor(order), val))
-        rows = classifier.fit(model, train, held_back, recipe, args.seed + seed, arm.weighted, state, on_epoch)
-    scores = [classifier.predict(model, images, part, args.precision) for part in (val, test)]
+        train, held_back = (network.Pool(images, labels, part) for part in (torch.tensor(order), val))
+        rows = network.fit(model, train, held_back, recipe, args.seed + seed, arm.weighted, state, on_epoch)
+    scores = [network.predict(model, images, part, args.precision) for part in (val, test)]
     if args.save_weights == "all" or (args.save_weights == "first" and seed == 0):
-        classifier.save(place / "model.safetensors", model, args.arch, args.image_size)
+        network.save(place / "model.safetensors", model, args.arch, args.image_size)
     files.write_jsonl(place / "metrics.jsonl", rows)
     predictions.write(place / "predictions.csv", parts, *scores, fold=fold if args.folds else None)
     state.unlink(missing_ok=True)
@@ -261,8 +266,8 @@ def summarise(args):
     """The table of what there is, by arm."""
     import numpy as np
 
-    from lesion import predictions
-    from lesion.metrics import classification
+    from lesion.classify import predictions
+    from lesion.stats import classification
     runs = predictions.read_runs(args.out)
     first = next(iter(next(iter(runs.values())).values()))
     print(f"\ntested on {len(first.labels)} tiles, {first.labels.sum()} malignant; thresholds chosen on validation")
@@ -272,7 +277,7 @@ def summarise(args):
         values = [classification.evaluate(run.labels, run.scores, run.thresholds) for run in seeds.values()]
         means = [np.mean([value[key] for value in values]) for key in ("recall_chosen", "auroc", "auprc")]
         figures = "".join(f"{mean:9.3f}" for mean in means)
-        print(f"{name:5}{len(seeds):6}{figures}   {experiments.ARMS[name].meaning}")
+        print(f"{name:5}{len(seeds):6}{figures}   {arms.ARMS[name].meaning}")
     print(f"the report, with intervals and tests: python evaluate.py --classify {args.out} --data {args.data}")
 
 

@@ -6,7 +6,8 @@ Everything is recomputed from what the other commands wrote (predictions.csv and
 """
 from pathlib import Path
 
-from lesion import cli, experiments
+from lesion.classify import arms
+from lesion.run import cli
 
 
 def parse(argv=None):
@@ -19,7 +20,7 @@ def parse(argv=None):
     group.add_argument("--runs", type=Path, nargs="+", metavar="RUN", default=[],
                        help="run folders of train_lora.py, for the learning curves beside --synthetic")
     group.add_argument("--study", type=Path, metavar="DIR", help="study folder of `python -m lesion study`")
-    group.add_argument("--confusion", nargs=2, choices=list(experiments.ARMS), default=["W1", "S2"], metavar="ARM",
+    group.add_argument("--confusion", nargs=2, choices=list(arms.ARMS), default=["W1", "S2"], metavar="ARM",
                        help="two arms whose confusion matrices are drawn")
     group = parser.add_argument_group("output")
     group.add_argument("--title", default="Synthetic skin lesions: are they useful?", help="heading of the report")
@@ -38,28 +39,28 @@ def main(argv=None) -> None:
         raise ValueError("--synthetic DIR is compared with real tiles: give --data, the data set its LoRA learnt from")
     if (args.runs or args.drop_copies) and not args.synthetic:
         raise ValueError("--runs and --drop-copies concern synthetic tiles: give --synthetic DIR too")
-    from lesion import plots, report, report_classification, report_pictures, report_readers
+    from lesion.report import classification, page, pictures, plots, readers
     blocks, results, figures = [], {}, {}
 
     if args.synthetic:
-        part, found, drawn = report_pictures.build(args.synthetic, args.data, args.classify, args.runs,
+        part, found, drawn = pictures.build(args.synthetic, args.data, args.classify, args.runs,
                                                    args.drop_copies, cli.progress)
         blocks, results, figures = blocks + part, results | {"pictures": found}, figures | drawn
     if args.classify:
-        part, found, drawn = report_classification.build(args.classify, args.data, tuple(args.confusion))
+        part, found, drawn = classification.build(args.classify, args.data, tuple(args.confusion))
         blocks, results, figures = blocks + part, results | {"classification": found}, figures | drawn
     if args.study:
-        part, found, drawn = report_readers.build(args.study)
+        part, found, drawn = readers.build(args.study)
         blocks, results, figures = blocks + part, results | {"readers": found}, figures | drawn
 
     # Nothing is written before everything has been computed.
     for stem, figure in figures.items():
         plots.save(figure, args.out / "figures", stem)
-    report.write(args.out, args.title, blocks, results)
+    page.write(args.out, args.title, blocks, results)
     if args.synthetic:
-        print(*report_pictures.findings(results["pictures"]), sep="\n")
+        print(*pictures.findings(results["pictures"]), sep="\n")
     if args.classify:
-        print(report_classification.finding(results["classification"]))
+        print(classification.finding(results["classification"]))
     if args.study:
         print(results["readers"]["verdict"])
     print(f"report: {args.out / 'report.html'}")

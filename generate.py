@@ -12,7 +12,7 @@ import math
 import re
 from pathlib import Path
 
-from lesion import cli, files, runs
+from lesion.run import cli, files, folders
 
 GIF_TILES, GIF_FRAMES = 4, 25
 
@@ -71,27 +71,28 @@ def parse(argv=None):
 def main(argv=None) -> None:
     args = parse(argv)
     fill_from_newest_run(args)
-    runs.fill_recipe(args)
+    folders.fill_recipe(args)
 
     import torch
 
-    from lesion import pictures, runtime, training
-    from lesion.lora import files as lora_files
-    from lesion.lora import layers
+    from lesion.lora import formats, layers
+    from lesion.run import devices, sheets
+    from lesion.run.state import files_sha256
     from lesion.sd import checkpoint, pipeline
     from lesion.sd.vae import to_images_u8
-    rank, world, device = training.process(args.device)
+    from lesion.tiles import seen
+    rank, world, device = devices.process(args.device)
     args.precision = args.precision or ("fp16" if device.type == "cuda" else "fp32")
 
     # --- base and LoRA: read, checked, summed, merged ---
-    sd = checkpoint.load(args.base, device, runtime.DTYPES[args.precision], args.tokenizer)
+    sd = checkpoint.load(args.base, device, devices.DTYPES[args.precision], args.tokenizer)
     networks = {"unet": sd.unet, "text_encoder": sd.text_encoder}
-    loras = [(lora_files.find(path), weight, *lora_files.read(path, networks)) for path, weight in args.lora]
+    loras = [(formats.find(path), weight, *formats.read(path, networks)) for path, weight in args.lora]
     combined = layers.combine([(factors, weight) for _, weight, factors, _ in loras])
     for name, network in networks.items():
         layers.set_factors(network, layers.of_network(combined, name))
         layers.merge(network)
-    base_sha256 = runtime.files_sha256(sd.files)
+    base_sha256 = files_sha256(sd.files)
     trained = [metadata for *_, metadata in loras if {"lesion_resolution", "lesion_label", "lesion_base_sha256"} <= metadata.keys()]
     args.resolution = args.resolution or (int(trained[-1]["lesion_resolution"]) if trained else 128)
     args.label = args.label or (trained[-1]["lesion_label"] if trained else "malignant")
@@ -127,7 +128,7 @@ def main(argv=None) -> None:
         "prompt": args.prompt,
         "prompts_sha256": files.sha256_json(sorted(set(prompts))) if args.prompt else training_texts_sha256(args),
     }
-    used = [{"file": str(path), "sha256": files.sha256_file(path), "weight": weight, "train_files": training.files_of_lora(path)}
+    used = [{"file": str(path), "sha256": files.sha256_file(path), "weight": weight, "train_files": seen.files_of_lora(path)}
             for path, weight, *_ in loras]
     hashes = [lora["sha256"] for lora in used]
     rows = [{"file_name": f"{args.label}-{i:05d}.png", "text": prompt, "label": args.label, "prompt": prompt, "seed": args.seed + i,
@@ -158,7 +159,7 @@ def main(argv=None) -> None:
     for some in todo:
         images_u8 = to_images_u8(pipeline.decode(sd, draw(some)))
         for row, image in zip(some, images_u8):
-            pictures.save_png(args.out / row["file_name"], image, {"parameters": as_parameters(row), "lesion": json.dumps(row)})
+            sheets.save_png(args.out / row["file_name"], image, {"parameters": as_parameters(row), "lesion": json.dumps(row)})
         if rank == 0:
             write_rows(args.out, rows, final=False)
         bar.update(len(some))
@@ -167,8 +168,8 @@ def main(argv=None) -> None:
         torch.distributed.barrier()
     if rank == 0:
         write_rows(args.out, rows, final=True)
-        pictures.save_png(
-            args.out / "grid.png", pictures.contact_sheet(pictures.open_images([args.out / row["file_name"] for row in rows[:64]]))
+        sheets.save_png(
+            args.out / "grid.png", sheets.contact_sheet(sheets.open_images([args.out / row["file_name"] for row in rows[:64]]))
         )
         print(f"contact sheet: {args.out / 'grid.png'}")
     if args.gif and rank == 0:
@@ -176,16 +177,16 @@ def main(argv=None) -> None:
 
         def keep(i: int, timestep: int, latents: torch.Tensor, x0_pred: torch.Tensor) -> None:
             if i % every == 0 or i + 1 == args.steps:
-                frames.append(pictures.as_array(pictures.contact_sheet(to_images_u8(pipeline.decode(sd, latents)))))
+                frames.append(sheets.as_array(sheets.contact_sheet(to_images_u8(pipeline.decode(sd, latents)))))
         draw(rows[:GIF_TILES], on_step=keep)
-        pictures.save_gif(args.out / "denoising.gif", frames)
+        sheets.save_gif(args.out / "denoising.gif", frames)
         print(f"denoising steps: {args.out / 'denoising.gif'}")
 
 
 def fill_from_newest_run(args) -> None:
     """Without --base and --lora: the newest run's LoRA, base, data set and class. With a LoRA of ours: its base."""
     if args.lora is None:
-        folder = None if args.base else runs.newest("*")
+        folder = None if args.base else folders.newest("*")
         if folder is None and not args.base:
             raise ValueError("no finished run in runs/: run train_lora.py first, or give --base (and --lora)")
         args.lora = [(folder / "lora.safetensors", 1.0)] if folder else []
@@ -227,7 +228,7 @@ def choose_prompts(args) -> list[str]:
         return [args.prompt] * args.count
     import numpy as np
 
-    from lesion.data import prompts
+    from lesion.describe import prompts
     rows = training_rows(args)
     if args.draw == "texts":
         return [rows[i]["text"] for i in np.random.default_rng([args.seed, 4]).integers(len(rows), size=args.count)]
@@ -237,7 +238,7 @@ def choose_prompts(args) -> list[str]:
 
 def attributes_of(prompt: str) -> dict:
     """What a structured prompt asks for; nothing for a free one."""
-    from lesion.data import prompts
+    from lesion.describe import prompts
     try:
         return prompts.from_sentence(prompt)[1]
     except ValueError:

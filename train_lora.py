@@ -9,7 +9,7 @@ Many GPUs: torchrun --nproc-per-node N train_lora.py ...
 """
 from pathlib import Path
 
-from lesion import cli, files, runs
+from lesion.run import cli, files, folders
 
 FREE = ("steps", "resume", "sample_every", "sample_steps", "val_every", "checkpoint_every", "device", "out")  # may change on --resume
 LOG_EVERY = 10  # steps between reads of the device: the loss is kept there until then
@@ -73,14 +73,14 @@ def parse(argv=None):
 
 def main(argv=None) -> None:
     args = parse(argv)
-    args.data, args.base, what = runs.default_inputs(args.data, args.base)
-    runs.fill_recipe(args)
+    args.data, args.base, what = folders.default_inputs(args.data, args.base)
+    folders.fill_recipe(args)
     print(f"learning {args.label!r} (phase {args.phase}) from {what}", flush=True)
-    if args.data == runs.DEMO and not (runs.DEMO / files.MANIFEST).is_file():
-        from lesion.data import phantoms
-        print(f"drawing the demo set into {runs.DEMO}", flush=True)
+    if args.data == folders.DEMO and not (folders.DEMO / files.MANIFEST).is_file():
+        from lesion.mini import phantoms
+        print(f"drawing the demo set into {folders.DEMO}", flush=True)
         bar = cli.progress(total=phantoms.DEMO_TILES, desc="demo set", unit="tile")
-        phantoms.write_demo(runs.DEMO, progress=lambda done: bar.update(done - bar.n))
+        phantoms.write_demo(folders.DEMO, progress=lambda done: bar.update(done - bar.n))
         bar.close()
     train(args)
 
@@ -92,29 +92,33 @@ def train(args) -> None:
     import numpy as np
     import torch
 
-    from lesion import pictures, runtime, train_state, training
-    from lesion.data import cache
+    from lesion.run import devices
     from lesion.sd import checkpoint, schedule
+    from lesion.tiles.seen import files_seen, train_files
+    from lesion.train import setup, watch
+    from lesion.train.checkpoint import load_checkpoint, save_checkpoint
+    from lesion.train.latents import encode, plan
+    from lesion.train.step import Denoiser, posterior_sample
 
     # --- set-up: process, data, base ---
-    rank, world, device = training.process(args.device)
+    rank, world, device = devices.process(args.device)
     first_rank = rank == 0
     say = partial(print, flush=True) if first_rank else None
     args.precision = args.precision or ("fp16" if device.type == "cuda" else "fp32")
-    args.out = args.out or (runs.newest(f"{args.label}-phase{args.phase}*", "checkpoint.safetensors") if args.resume else None) \
-        or runs.next_folder(f"{args.label}-phase{args.phase}")
-    tiles, held_out = training.tiles_of_class(args, say)
-    sd = checkpoint.load(args.base, device, runtime.DTYPES[args.precision], args.tokenizer)
-    seen = training.train_files(args.data, tiles.rows)
-    recipe = training.recipe(args, sd, seen)
+    args.out = args.out or (folders.newest(f"{args.label}-phase{args.phase}*", "checkpoint.safetensors") if args.resume else None) \
+        or folders.next_folder(f"{args.label}-phase{args.phase}")
+    tiles, held_out = setup.tiles_of_class(args, say)
+    sd = checkpoint.load(args.base, device, devices.DTYPES[args.precision], args.tokenizer)
+    seen = train_files(args.data, tiles.rows)
+    recipe = setup.recipe(args, sd, seen)
 
     # --- LoRA: float32 factors beside frozen weights; the run folder, once nothing is left to refuse ---
-    networks = training.add_lora(args, sd, recipe["init_lora"])
-    groups = training.parameter_groups(args, networks)
+    networks = setup.add_lora(args, sd, recipe["init_lora"])
+    groups = setup.parameter_groups(args, networks)
     parameters = [p for group in groups for p in group["params"]]
     if first_rank:
-        runs.open_run(args.out, recipe, args.resume, FREE)
-        seen = training.files_seen(seen, recipe["init_lora"])
+        folders.open_run(args.out, recipe, args.resume, FREE)
+        seen = files_seen(seen, recipe["init_lora"])
         seen and files.write_json(args.out / "train_files.json", seen)
         say(f"{len(tiles.rows)} tiles, {len(held_out.rows)} held out; LoRA of rank {args.rank} on {' and '.join(networks)}"
             f"{', from ' + recipe['init_lora'] if recipe['init_lora'] else ''}: {sum(p.numel() for p in parameters):,} parameters; "
@@ -122,21 +126,21 @@ def train(args) -> None:
 
     # --- what does not change is computed once: latents of every view to come, texts ---
     batch = args.batch_size * args.accumulate * world
-    chosen, views = cache.plan(len(tiles.rows), batch, args.steps, args.seed, args.views)
+    chosen, views = plan(len(tiles.rows), batch, args.steps, args.seed, args.views)
     pairs = np.stack([chosen.ravel(), views.ravel()], 1)
-    mean, logvar = cache.encode(sd.vae, tiles.images_u8, pairs, args.data / ".cache", device, training.bar("latents", "tile", first_rank))
-    texts = training.Texts(sd, [row["text"] for row in tiles.rows], trained=args.phase == 2, say=say)
-    validate = training.validation(args, sd, held_out, VAL_TIMESTEPS, device)
-    sample = training.sampling(args, sd, tiles.rows, device)
+    mean, logvar = encode(sd.vae, tiles.images_u8, pairs, args.data / ".cache", device, setup.bar("latents", "tile", first_rank))
+    texts = setup.Texts(sd, [row["text"] for row in tiles.rows], trained=args.phase == 2, say=say)
+    validate = watch.validation(args, sd, held_out, VAL_TIMESTEPS, device)
+    sample = watch.sampling(args, sd, tiles.rows, device)
 
     # --- optimizer, fp16 loss scale, state ---
-    model = training.distributed(training.Denoiser(sd.unet, sd.text_encoder), world, device)
+    model = devices.distributed(Denoiser(sd.unet, sd.text_encoder), world, device)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    done, skipped = train_state.load_checkpoint(args.out, networks, optimizer, scaler) if args.resume else (0, 0)
+    done, skipped = load_checkpoint(args.out, networks, optimizer, scaler) if args.resume else (0, 0)
     if done > args.steps:
         raise ValueError(f"{args.out} has done {done} steps already: --steps {args.steps} is fewer")
-    log = train_state.Log(args, device, tiles.rows, done, batch)
+    log = watch.Log(args, device, tiles.rows, done, batch)
     first_rank and log.open(done)
     stopping = []
     for name in (signal.SIGINT, signal.SIGTERM):
@@ -150,16 +154,16 @@ def train(args) -> None:
     bar = cli.progress(total=args.steps, initial=done, desc="train", unit="step", disable=not first_rank)
     start = done
     for step in range(start, args.steps):
-        factor = training.lr_factor(args, step)
+        factor = setup.lr_factor(args, step)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         if step == max(args.text_encoder_steps or args.steps, start) and args.phase == 2:  # its budget is spent
             for p in groups[1]["params"]:
                 p.requires_grad_(False)
-            model = training.distributed(training.Denoiser(sd.unet, sd.text_encoder), world, device)
+            model = devices.distributed(Denoiser(sd.unet, sd.text_encoder), world, device)
 
         # --- every random number of this step, for the whole batch of all processes ---
-        g = runtime.generator(args.seed, step)
+        g = devices.generator(args.seed, step)
         shape = (batch, *mean.shape[2:])
         all_timesteps = torch.randint(schedule.STEPS, (batch,), generator=g)
         all_noise = torch.randn(shape, generator=g) + args.noise_offset * torch.randn(*shape[:2], 1, 1, generator=g)
@@ -172,10 +176,10 @@ def train(args) -> None:
             tile, view = chosen[step, part], views[step, part]
             mine.append(np.arange(batch)[part])
             timesteps, noise, posterior = (x[part].to(device) for x in (all_timesteps, all_noise, all_posterior))
-            latents = cache.sample(mean[tile, view], logvar[tile, view], posterior, sd.latent_scale)
+            latents = posterior_sample(mean[tile, view], logvar[tile, view], posterior, sd.latent_scale)
             noisy_latents = schedule.add_noise(latents, noise, timesteps)
             text = texts(tile, all_dropped[part])
-            with training.no_sync(model, micro + 1 < args.accumulate), runtime.autocast(device, args.precision):
+            with devices.no_sync(model, micro + 1 < args.accumulate), devices.autocast(device, args.precision):
                 noise_pred = model(noisy_latents, timesteps, text)
                 error = (noise_pred.float() - noise).square().mean(dim=(1, 2, 3))  # [B], arXiv:2006.11239, eq. 14
                 weight = 1.0 if args.min_snr_gamma is None else schedule.min_snr_weight(timesteps, args.min_snr_gamma)
@@ -208,7 +212,7 @@ def train(args) -> None:
             if done == args.steps or done % args.sample_every == 0:
                 sample(args.out / "samples" / f"step-{done:06d}.png")
             if last or done % args.checkpoint_every == 0:
-                train_state.save_checkpoint(args, networks, optimizer, scaler, done, skipped, recipe)
+                save_checkpoint(args, networks, optimizer, scaler, done, skipped, recipe)
             if not log.waiting:
                 log.restart_clock()
         if last:  # not `stopping`: a signal during validation or sampling comes too late for this step's checkpoint
@@ -219,8 +223,8 @@ def train(args) -> None:
         say(f"stopped after step {done}; go on with: python train_lora.py --resume --out {args.out} (and the same flags)")
         raise KeyboardInterrupt
     if first_rank:
-        pictures.loss_curve(args.out / "metrics.jsonl", args.out / "loss.png")
-        training.before_and_after(args.out / "samples", args.steps)
+        watch.loss_curve(args.out / "metrics.jsonl", args.out / "loss.png")
+        watch.before_and_after(args.out / "samples", args.steps)
         say(
             f"LoRA: {args.out / 'lora.safetensors'}\nloss: {args.out / 'loss.png'}\n"
             f"before and after: {args.out / 'samples' / 'before-after.png'}\n"

@@ -5,14 +5,15 @@ Each command is a module with `main(argv)`; only the chosen one is imported, so 
 import importlib
 import sys
 
-from lesion import __version__, cli
+from lesion import __version__
+from lesion.run import cli
 
 COMMANDS = {
-    "prepare": ("lesion.data.prepare", "make a data set from ISIC tiles: DIR/metadata.jsonl and the original JPEG files"),
+    "prepare": ("lesion.prepare", "make a data set from ISIC tiles: DIR/metadata.jsonl and the original JPEG files"),
     "label": ("lesion.web.label", "describe tiles in the browser: one key an answer"),
     "study": ("lesion.web.study", "ask readers which tiles are real"),
-    "pretrain": ("lesion.pretrain", "train the built-in base model"),
-    "bench": ("lesion.bench", "measure training and generation"),
+    "pretrain": ("lesion.mini.pretrain", "train the built-in base model"),
+    "bench": ("lesion.bench.measure", "measure training and generation"),
 }
 
 

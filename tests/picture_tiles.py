@@ -3,7 +3,7 @@ blobs."""
 import numpy as np
 from PIL import Image
 
-from lesion import files
+from lesion.run import files
 
 SIDE = 64
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lesion import files
+from lesion.run import files
 
 
 def picture(rng: np.random.Generator, side: int) -> Image.Image:

@@ -10,9 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lesion import files, pictures
-from lesion.lora import files as lora_files
-from lesion.lora import layers
+from lesion.lora import formats, layers
+from lesion.run import files, sheets
 from lesion.sd import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,7 +64,7 @@ def random_lora(networks, seed: int, rank: int = 2, strength: float = 0.3) -> di
 
 
 def write_lora(path, factors, **metadata):
-    lora_files.write(path, factors, {f"lesion_{key}": value for key, value in metadata.items()})
+    formats.write(path, factors, {f"lesion_{key}": value for key, value in metadata.items()})
     return path
 
 
@@ -97,7 +96,7 @@ def draw(base, out, *flags, count=3, steps=3):
     prompt = [] if {"--prompts-from", "--prompt"} & set(flags) else ["--prompt", PROMPT]
     common = ["--base", base, "--out", out, "--resolution", 64, "--steps", steps, "--count", count]
     generate.main([str(argument) for argument in (*common, *prompt, *flags)])
-    return pictures.open_images(sorted(out.glob("*-?????.png"))[:count])
+    return sheets.open_images(sorted(out.glob("*-?????.png"))[:count])
 
 
 def contents(folder):
@@ -285,7 +284,7 @@ def test_killed_while_it_draws(base, tmp_path, monkeypatch):
     """Death in the second batch leaves whole PNGs with their rows, and the next call ends as if nothing had been."""
     whole = tmp_path / "whole"
     draw(base, whole, "--batch-size", 1)
-    real, calls = pictures.save_png, []
+    real, calls = sheets.save_png, []
 
     def dies(path, *rest):
         calls.append(path)
@@ -293,12 +292,12 @@ def test_killed_while_it_draws(base, tmp_path, monkeypatch):
             raise RuntimeError("power cut")
         real(path, *rest)
 
-    monkeypatch.setattr(pictures, "save_png", dies)
+    monkeypatch.setattr(sheets, "save_png", dies)
     with pytest.raises(RuntimeError, match="power cut"):
         draw(base, tmp_path / "cut", "--batch-size", 1)
     assert [row["file_name"] for row in files.read_manifest(tmp_path / "cut")] == ["malignant-00000.png"]
     assert sorted(path.name for path in (tmp_path / "cut").glob("*.png")) == ["malignant-00000.png"]
-    monkeypatch.setattr(pictures, "save_png", real)
+    monkeypatch.setattr(sheets, "save_png", real)
     draw(base, tmp_path / "cut", "--batch-size", 1)
     assert contents(tmp_path / "cut") == contents(whole)
 

@@ -4,7 +4,7 @@ import json
 import numpy as np
 from PIL import Image
 
-from lesion import files
+from lesion.run import files
 
 
 def picture(rng, malignant: bool, side: int = 32) -> np.ndarray:

@@ -1,6 +1,6 @@
 """`python -m lesion label DATA`: describe tiles in the browser, one key an answer.
 
-The page asks for the attributes of lesion.data.prompts.VOCABULARY one after another, the measured ones pre-selected,
+The page asks for the attributes of lesion.describe.prompts.VOCABULARY one after another, the measured ones pre-selected,
 and goes on by itself to the next attribute and the next tile. Every answer is a row of the annotator's journal, on disk
 before the reply; `metadata.jsonl` follows within seconds, and at every start (lesion.web.label_folder). A page says
 which revision of a tile it has seen, so that of two tabs the later one is told and overwrites nothing; each request has
@@ -13,7 +13,7 @@ import time
 from argparse import HelpFormatter, Namespace
 from pathlib import Path
 
-from lesion import cli
+from lesion.run import cli
 
 SYNC_S = 1.0  # the manifest follows the journal after this, or after ten times what writing it took
 
@@ -132,7 +132,7 @@ def create_app(desk, token: str | None = None, host: str = "127.0.0.1"):
     """The Flask app of one annotator's desk."""
     from flask import Response, abort, render_template, request
 
-    from lesion.data.prompts import VOCABULARY
+    from lesion.describe.prompts import VOCABULARY
     from lesion.web import server
     from lesion.web.label_desk import FILTERS, answers_of, png, state_of, take_answers
     from lesion.web.label_folder import MAX_COMMENT

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from lesion.data import colour, tiles
-from lesion.data.prompts import VOCABULARY, from_sentence, to_sentence
+from lesion.describe.prompts import VOCABULARY, from_sentence, to_sentence
+from lesion.tiles import colour, decode
 from lesion.web import label_folder
 
 FILTERS = ("all", "unlabelled", "flagged", "changed", "benign", "malignant")
@@ -32,7 +32,7 @@ class Desk:
     def __post_init__(self):
         self.labels = label_folder.Labels(self.journal.rows)
         self.numbers = {row["file_name"]: number for number, row in enumerate(self.rows)}
-        self.norm, self.reference = tiles.recorded_norm(self.folder)
+        self.norm, self.reference = decode.recorded_norm(self.folder)
 
     def write(self, row: dict) -> None:
         """On disk first, then in mind."""
@@ -154,9 +154,9 @@ def png(desk: Desk, number: int, normalised: bool) -> bytes:
     path = (desk.folder / desk.rows[number]["file_name"]).resolve()
     if not path.is_relative_to(desk.folder.resolve()):
         raise ValueError("this picture is a link that leads out of the data set")
-    image = tiles.decode(path.read_bytes())
+    image = decode.decode(path.read_bytes())
     if normalised:
-        image = colour.normalise(tiles.fill_borders(image), desk.norm, desk.reference)
+        image = colour.normalise(decode.fill_borders(image), desk.norm, desk.reference)
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

@@ -24,8 +24,8 @@ from datetime import UTC, datetime
 from itertools import combinations
 from pathlib import Path
 
-from lesion import files
-from lesion.data.prompts import NAMES, VOCABULARY, to_sentence, validate
+from lesion.describe.prompts import NAMES, VOCABULARY, to_sentence, validate
+from lesion.run import files
 from lesion.web.journal import read_journal
 
 try:
@@ -332,7 +332,7 @@ def agreement(folder: Path) -> list[dict]:
     """
     import numpy as np
 
-    from lesion.metrics.reader_study import cohen_kappa
+    from lesion.stats.readers import cohen_kappa
     names = annotators(folder)
     if len(names) < 2:
         raise ValueError(f"{folder} has answers of {len(names)} annotator{'s' * (len(names) != 1)}: agreement needs two, "

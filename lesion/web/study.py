@@ -3,7 +3,7 @@
 Each reader has a personal link, an order of their own and a journal; an answer is on disk before the next tile is sent,
 so a reload, another tab or a killed server loses nothing and goes on at the right tile. No page tells a class or a
 score. The organiser's page shows progress only and needs the token. lesion.web.study_folder keeps the folder,
-lesion.metrics.reader_study judges the answers.
+lesion.stats.readers judges the answers.
 Proven by tests/web/test_study.py and tests/browser/test_study_browser.py.
 """
 import math
@@ -13,7 +13,7 @@ from argparse import BooleanOptionalAction, HelpFormatter, Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lesion import cli
+from lesion.run import cli
 
 EXPECTED_S = 8  # a tile, for the announced duration
 
@@ -112,7 +112,7 @@ def _open(args: Namespace) -> dict:
 
 
 def _print_power(study: dict) -> None:
-    from lesion.metrics import reader_study
+    from lesion.stats import readers as reader_study
     readers, count = len(study["readers"]), study["settings"]["count"]
     power = reader_study.planned_power(readers, count, studies=400)
     print(f"power: were readers unable to tell, {readers} readers and {count} + {count} tiles would show it (d' within "

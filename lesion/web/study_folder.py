@@ -6,7 +6,7 @@
     DIR/answers.csv             the answers as a table, for other programs; rewritten from the journals
 
 Nothing about a served tile may tell its class but what it shows. Both classes take the same road: decoded, normalised
-in colour and resized by lesion.data.tiles; saved once as JPEG at quality 75 with halved chroma, which is how ISIC's own
+in colour and resized by lesion.tiles.decode; saved once as JPEG at quality 75 with halved chroma, which is how ISIC's own
 tiles come and hides that synthetic ones never were JPEG; then stored as PNG without compression or metadata, so that
 every file has the same length and header. Proven by tests/web/test_study_folder.py.
 """
@@ -23,7 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lesion import __version__, files
+from lesion import __version__
+from lesion.run import files
 from lesion.web.journal import read_journal
 
 FORMAT = 1
@@ -134,7 +135,7 @@ def _encode(source: Path, rows: list[dict], count: int, resolution: int):
     """(row, native side, PNG bytes) of the first `count` readable rows, and "name: reason" of those passed over."""
     from PIL import Image
 
-    from lesion.data.tiles import load_tiles
+    from lesion.tiles.decode import load_tiles
     chosen, unreadable, start = [], [], 0
     while len(chosen) < count and start < len(rows):
         batch = rows[start:start + count - len(chosen)]
@@ -308,7 +309,7 @@ def export(folder: Path) -> None:
 
 
 def as_arrays(study: dict, table: list[dict]) -> dict:
-    """What lesion.metrics.reader_study.analyse takes: names [R], is_real [M]; ratings, malignant, seconds [R, M].
+    """What lesion.stats.readers.analyse takes: names [R], is_real [M]; ratings, malignant, seconds [R, M].
 
     Not answered: rating 0, malignant -1 (None where it was not asked), seconds NaN. Seconds are the browser's, else the
     server's.

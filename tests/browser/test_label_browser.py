@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lesion import files
-from lesion.data.phantoms import write_demo
-from lesion.data.prompts import NAMES, VOCABULARY, from_sentence
+from lesion.describe.prompts import NAMES, VOCABULARY, from_sentence
+from lesion.mini.phantoms import write_demo
+from lesion.run import files
 from lesion.web import label_folder
 from lesion.web.journal import read_journal
 

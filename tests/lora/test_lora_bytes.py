@@ -6,7 +6,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from lesion.lora import files, layers
+from lesion.lora import formats, layers
 
 NETWORKS = {"unet": nn.ModuleDict({"attn1": nn.ModuleDict({"to_q": nn.Linear(6, 5), "to_k": nn.Linear(6, 5)})})}
 NAME, KEY = "unet.attn1.to_q", "lora_unet_attn1_to_q"
@@ -17,7 +17,7 @@ def factors(rank: int = 2) -> layers.Factors:
     return layers.Factors(torch.randn(rank, 6, generator=g), torch.randn(5, rank, generator=g), 3.0)
 
 
-@pytest.mark.parametrize("layout", files.FORMATS)
+@pytest.mark.parametrize("layout", formats.FORMATS)
 def test_equal_content_gives_equal_bytes(tmp_path, layout):
     """Equal factors and metadata give one file, whatever order they come in (safetensors itself writes metadata in
     random order, so that equal runs would differ in their LoRA's hash); the file stays valid and aligned."""
@@ -26,13 +26,13 @@ def test_equal_content_gives_equal_bytes(tmp_path, layout):
     written = set()
     for attempt in range(6):
         turned = dict(reversed(metadata.items())) if attempt % 2 else metadata
-        files.write(tmp_path / "a.safetensors", content, turned, layout)
+        formats.write(tmp_path / "a.safetensors", content, turned, layout)
         written.add((tmp_path / "a.safetensors").read_bytes())
     assert len(written) == 1
     assert int.from_bytes(written.pop()[:8], "little") % 8 == 0
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         assert metadata.items() <= file.metadata().items()
-    back, _ = files.read(tmp_path / "a.safetensors", NETWORKS)
+    back, _ = formats.read(tmp_path / "a.safetensors", NETWORKS)
     assert torch.equal(back[NAME].down, content[NAME].down)
 
 
@@ -56,5 +56,5 @@ def test_impossible_parts_are_refused(tmp_path, change, message):
     dotted = {f"{NAME}.lora_A.weight": factors().down, f"{NAME}.lora_B.weight": factors().up}
     save_file({**(dotted if f"{NAME}.alpha" in change else kohya), **change}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=message) as error:
-        files.read(tmp_path / "a.safetensors", NETWORKS)
+        formats.read(tmp_path / "a.safetensors", NETWORKS)
     assert "\n" not in str(error.value)

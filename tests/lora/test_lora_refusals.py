@@ -3,7 +3,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lesion.lora import files, layers
+from lesion.lora import formats, layers
 from lesion.sd import checkpoint
 
 
@@ -25,12 +25,12 @@ def good(sd, tmp_path):
         factors[f"unet.{path}"] = layers.Factors(
             torch.randn(2, inside, *kernel, generator=g), torch.randn(out, 2, *kernel, generator=g), 2.0
         )
-    files.write(tmp_path / "good.safetensors", factors, files.kohya_metadata(2, 2.0))
+    formats.write(tmp_path / "good.safetensors", factors, formats.kohya_metadata(2, 2.0))
     return tmp_path / "good.safetensors"
 
 
 def read(sd, path):
-    return files.read(path, {"unet": sd.unet, "text_encoder": sd.text_encoder})
+    return formats.read(path, {"unet": sd.unet, "text_encoder": sd.text_encoder})
 
 
 def changed(good, change):
@@ -102,5 +102,5 @@ def test_nothing_or_nan_is_never_written(tmp_path):
     bad = {"unet.a": layers.Factors(torch.full((1, 2), torch.nan), torch.zeros(2, 1), 1.0)}
     for factors, layout in (({}, "kohya"), (bad, "kohya"), (bad, "other")):
         with pytest.raises(ValueError):
-            files.write(tmp_path / "x.safetensors", factors, {}, layout)
+            formats.write(tmp_path / "x.safetensors", factors, {}, layout)
     assert list(tmp_path.iterdir()) == []

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lesion.lora import files, layers
+from lesion.lora import formats, layers
 from lesion.sd import checkpoint
 
 RANK, ALPHA = 4, 6.0
@@ -36,7 +36,7 @@ def random_lora(sd, targets="attention", seed=0):
 
 def load_into_fresh(tiny, path):
     sd = checkpoint.load(tiny / "folder")
-    factors, metadata = files.read(path, {"unet": sd.unet, "text_encoder": sd.text_encoder})
+    factors, metadata = formats.read(path, {"unet": sd.unet, "text_encoder": sd.text_encoder})
     for name, network in (("unet", sd.unet), ("text_encoder", sd.text_encoder)):
         layers.set_factors(network, {key.removeprefix(name + "."): value for key, value in factors.items() if key.startswith(name + ".")})
     return sd, factors, metadata
@@ -51,7 +51,7 @@ def diffusers_prediction(tiny, folder, name):
         return pipe.unet(x, t, pipe.text_encoder(token_ids).last_hidden_state).sample
 
 
-@pytest.mark.parametrize("layout", files.FORMATS)
+@pytest.mark.parametrize("layout", formats.FORMATS)
 @pytest.mark.parametrize("targets", ["attention", "all"])
 def test_diffusers_loads_ours(tiny, tmp_path, layout, targets):
     """diffusers' load_lora_weights gives our noise prediction, alpha 6 at rank 4 included; so does our own reader."""
@@ -60,8 +60,8 @@ def test_diffusers_loads_ours(tiny, tmp_path, layout, targets):
     factors = random_lora(sd, targets)
     expected = predict(sd)
     assert (expected - plain).abs().max() > 0.1
-    metadata = files.kohya_metadata(RANK, ALPHA, seed=0) if layout == "kohya" else {"lesion_step": "7"}
-    files.write(tmp_path / "lora.safetensors", factors, metadata, layout)
+    metadata = formats.kohya_metadata(RANK, ALPHA, seed=0) if layout == "kohya" else {"lesion_step": "7"}
+    formats.write(tmp_path / "lora.safetensors", factors, metadata, layout)
     torch.testing.assert_close(diffusers_prediction(tiny, tmp_path, "lora.safetensors"), expected, rtol=0, atol=2e-5)
     again, read, _ = load_into_fresh(tiny, tmp_path / "lora.safetensors")
     torch.testing.assert_close(predict(again), expected, rtol=0, atol=1e-5)
@@ -71,7 +71,7 @@ def test_diffusers_loads_ours(tiny, tmp_path, layout, targets):
 def test_kohya_keys_are_pinned(tiny, tmp_path):
     """Names, shapes and alpha of kohya's layout, spelt out; metadata values are strings and hold kohya's minimum and the hash."""
     sd = checkpoint.load(tiny / "folder")
-    files.write(tmp_path / "a.safetensors", random_lora(sd, "all"), files.kohya_metadata(RANK, ALPHA))
+    formats.write(tmp_path / "a.safetensors", random_lora(sd, "all"), formats.kohya_metadata(RANK, ALPHA))
     tensors = load_file(tmp_path / "a.safetensors")
     assert len(tensors) == 3 * (192 + 12)
     down = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_"
@@ -98,7 +98,7 @@ def test_diffusers_keys_are_pinned(tiny, tmp_path):
     """diffusers' layout: only lora_A and lora_B keys, scale alpha / rank inside lora_B."""
     sd = checkpoint.load(tiny / "folder")
     factors = random_lora(sd)
-    files.write(tmp_path / "a.safetensors", factors, {}, "diffusers")
+    formats.write(tmp_path / "a.safetensors", factors, {}, "diffusers")
     tensors = load_file(tmp_path / "a.safetensors")
     name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
     assert len(tensors) == 2 * (128 + 8)
@@ -164,7 +164,7 @@ def test_old_spellings(tiny, tmp_path, spelling):
     sd = checkpoint.load(tiny / "folder")
     factors = random_lora(sd)
     if spelling == "lora_te1":
-        files.write(tmp_path / "k.safetensors", factors, files.kohya_metadata(RANK, ALPHA))
+        formats.write(tmp_path / "k.safetensors", factors, formats.kohya_metadata(RANK, ALPHA))
         old = {key.replace("lora_te_", "lora_te1_"): value for key, value in load_file(tmp_path / "k.safetensors").items()}
     else:
         old = {}
@@ -188,5 +188,5 @@ def test_old_spellings(tiny, tmp_path, spelling):
 def test_recorded_metadata_survives(tiny, tmp_path):
     """Provenance written into the file is read back."""
     sd = checkpoint.load(tiny / "folder")
-    files.write(tmp_path / "a.safetensors", random_lora(sd), {"lesion_recipe": json.dumps({"seed": 3})})
+    formats.write(tmp_path / "a.safetensors", random_lora(sd), {"lesion_recipe": json.dumps({"seed": 3})})
     assert json.loads(load_into_fresh(tiny, tmp_path / "a.safetensors")[2]["lesion_recipe"]) == {"seed": 3}

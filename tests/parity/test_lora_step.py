@@ -4,8 +4,8 @@ import copy
 import pytest
 import torch
 
-from lesion import runtime
 from lesion.lora import layers
+from lesion.run.state import weights_sha256
 from lesion.sd import checkpoint, schedule
 
 RANK, ALPHA = 4, 6.0
@@ -108,7 +108,7 @@ def test_identity_at_injection_and_frozen_base(tiny):
     sd = checkpoint.load(tiny / "folder")
     plain = copy.deepcopy(sd.unet)
     before, context = sd.unet(latents, timesteps, sd.text_encoder(token_ids)), sd.text_encoder(token_ids)
-    base_hash = runtime.weights_sha256(plain)
+    base_hash = weights_sha256(plain)
     layers.inject(sd.unet, layers.target_paths(sd.unet, "all"), RANK, ALPHA, torch.Generator().manual_seed(0))
     assert torch.equal(sd.unet(latents, timesteps, context), before)
     optimizer = torch.optim.AdamW(layers.lora_parameters(sd.unet), lr=0.1)
@@ -116,7 +116,7 @@ def test_identity_at_injection_and_frozen_base(tiny):
     optimizer.step()
     assert not torch.equal(sd.unet(latents, timesteps, context), before)
     plain.load_state_dict({key: value for key, value in sd.unet.state_dict().items() if ".lora_" not in key})
-    assert runtime.weights_sha256(plain) == base_hash
+    assert weights_sha256(plain) == base_hash
     assert [name for name, p in sd.unet.named_parameters() if p.requires_grad] == [
         f"{path}.lora_{kind}.weight" for path in layers.lora_layers(sd.unet) for kind in ("down", "up")]
 
@@ -127,10 +127,10 @@ def test_merged_equals_unmerged(tiny):
     sd = ours(tiny, "all")
     with torch.no_grad():
         context = sd.text_encoder(token_ids)
-        before, base = sd.unet(latents, timesteps, context), runtime.weights_sha256(sd.unet)
+        before, base = sd.unet(latents, timesteps, context), weights_sha256(sd.unet)
         layers.merge(sd.unet)
         merged = sd.unet(latents, timesteps, context)
-        assert runtime.weights_sha256(sd.unet) != base
+        assert weights_sha256(sd.unet) != base
         layers.unmerge(sd.unet)
     torch.testing.assert_close(merged, before, rtol=0, atol=1e-5)
-    assert runtime.weights_sha256(sd.unet) == base
+    assert weights_sha256(sd.unet) == base

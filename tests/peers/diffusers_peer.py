@@ -1,6 +1,6 @@
 """The other side of `python -m lesion bench ... --peer diffusers`: diffusers' U-Net with peft's LoRA, latents and text cached.
 
-Needs requirements-dev.txt. Takes the bench's flags; runs a step for each line of standard input (lesion.bench.serve).
+Needs requirements-dev.txt. Takes the bench's flags; runs a step for each line of standard input (lesion.bench.measure.serve).
 bf16 and fp16 are autocast over fp32 weights, as in diffusers' own example. Not a test: nothing here is collected.
 """
 import sys
@@ -12,7 +12,8 @@ import torch  # noqa: E402
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 
-from lesion import bench, runtime  # noqa: E402
+from lesion.bench import measure
+from lesion.run import devices  # noqa: E402
 
 SIZES = dict(block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8, layers_per_block=2,
              down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
@@ -32,7 +33,7 @@ def network(args, device):
 
 def training(args, device):
     unet = network(args, device).requires_grad_(False)
-    unet = get_peft_model(unet, LoraConfig(r=bench.RANK, lora_alpha=bench.RANK, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    unet = get_peft_model(unet, LoraConfig(r=measure.RANK, lora_alpha=measure.RANK, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     parameters = [p for p in unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=3e-5)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
@@ -42,11 +43,11 @@ def training(args, device):
     context = torch.randn(count, 77, unet.config.cross_attention_dim, device=device)
 
     def step():
-        clock = bench.Clock(device)
+        clock = measure.Clock(device)
         noise = torch.randn_like(latents)
         timesteps = torch.randint(0, 1000, (count,), device=device)
         noisy = scheduler.add_noise(latents, noise, timesteps)
-        with runtime.autocast(device, args.precision):
+        with devices.autocast(device, args.precision):
             loss = torch.nn.functional.mse_loss(unet(noisy, timesteps, context).sample.float(), noise)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -61,14 +62,14 @@ def training(args, device):
 
 def generation(args, device):
     """The U-Net steps of a batch with guidance (decoding is left out: it is the same convolutions on both sides)."""
-    unet = network(args, device).to(runtime.DTYPES[args.precision]).requires_grad_(False)
+    unet = network(args, device).to(devices.DTYPES[args.precision]).requires_grad_(False)
     scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     side, count = args.resolution // 8, args.batch_size
     context = torch.randn(2 * count, 77, unet.config.cross_attention_dim, device=device).to(unet.dtype)
 
     @torch.no_grad()
     def step():
-        clock = bench.Clock(device)
+        clock = measure.Clock(device)
         x = torch.randn(count, 4, side, side, device=device, dtype=unet.dtype)
         scheduler.set_timesteps(args.steps)
         for t in scheduler.timesteps:
@@ -80,6 +81,6 @@ def generation(args, device):
 
 
 if __name__ == "__main__":
-    arguments = bench.parse(sys.argv[1:])
-    where = runtime.device(arguments.device)
-    bench.serve({"train": training, "generate": generation}[arguments.what](arguments, where))
+    arguments = measure.parse(sys.argv[1:])
+    where = devices.device(arguments.device)
+    measure.serve({"train": training, "generate": generation}[arguments.what](arguments, where))

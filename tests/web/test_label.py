@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lesion import files
-from lesion.data.phantoms import write_demo
-from lesion.data.prompts import NAMES, VOCABULARY, from_sentence, to_sentence
-from lesion.metrics.reader_study import cohen_kappa
+from lesion.describe.prompts import NAMES, VOCABULARY, from_sentence, to_sentence
+from lesion.mini.phantoms import write_demo
+from lesion.run import files
+from lesion.stats.readers import cohen_kappa
 from lesion.web import label, label_desk, label_folder
 from lesion.web.journal import Journal, read_journal
 
@@ -296,7 +296,7 @@ def test_text_is_escaped(data):
 
 def test_pictures_are_the_tile_and_its_normalised_self(data):
     """/original is the decoded JPEG, /normalised the recorded normalisation of it; a damaged one says why."""
-    from lesion.data import colour
+    from lesion.tiles import colour
     record = files.read_json(data / "dataset.json")
     files.write_json(data / "dataset.json", record | {"color_norm": "grey-world"})
     site = Site(data)

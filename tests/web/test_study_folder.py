@@ -16,7 +16,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from study_sets import real_set, synthetic_set
 
-from lesion import files
+from lesion.run import files
 from lesion.web import study_folder
 from lesion.web.journal import Journal
 

@@ -1,0 +1,1 @@
+"""Measuring speed, beside the peers."""

@@ -1,0 +1,1 @@
+"""The classifier experiments: network, augmentation, arms, predictions, features."""

@@ -1,1 +1,0 @@
-"""From raw tiles to a prepared data set: readers, splits, colour, attributes, prompts, caches."""

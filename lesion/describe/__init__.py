@@ -1,0 +1,1 @@
+"""What a tile shows, in words and numbers: prompts, outlines, attributes."""

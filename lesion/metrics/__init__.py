@@ -1,1 +1,0 @@
-"""Metrics: classification, fidelity, memorisation, reader study. Pure functions of arrays."""

@@ -1,0 +1,1 @@
+"""How the built-in base `mini` and the demo tiles are made."""

@@ -1,0 +1,340 @@
+"""`python -m lesion prepare`: from a source of ISIC tiles to a prepared data set, the folder every other command reads.
+
+The folder: images/ with the original bytes, metadata.jsonl (one row a tile), dataset.json (how it was made, counts,
+overlap). It is built beside its destination and renamed into place when complete: an interrupted run leaves no half
+set. The same source, flags and seed give the same bytes. Proven by tests/test_prepare.py.
+"""
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from importlib.metadata import version
+from pathlib import Path
+
+from lesion import __version__
+from lesion.run import cli, files
+
+FORMAT = 1
+OWN_FILES = {"images", files.MANIFEST, "dataset.json", ".cache"}
+BENIGN = {"train": 8000, "val": 1000, "test": 2000}
+COLOR_NORMS = "none, grey-world, shades-of-gray, max-rgb, skin-locus"
+MEASURED_BY = ("numpy", "pillow", "scikit-image", "scipy")
+REFERENCE_TILES = 1000  # training tiles that define skin-locus's line
+OWN_PLACE = ("malignant", "target", "label", "patient_id", "lesion_id")  # columns that a row has a place of its own for
+
+
+def parse(argv: list[str]):
+    parser = cli.Parser(prog="lesion prepare", description=__doc__.split("\n\n")[0])
+    group = parser.add_argument_group("source and result")
+    group.add_argument("--source", required=True, metavar="PATH_OR_URL",
+                       help="folder, zip, hdf5 file or URL of the tiles: the official archive, Kaggle's, benign/ and "
+                       "malignant/ folders, an imagefolder, kohya captions")
+    group.add_argument("--ground-truth", metavar="CSV",
+                       help="the label table (isic_id and malignant or target), where it is not beside the tiles")
+    group.add_argument("--out", type=Path, default=Path("data/isic2024"), metavar="DIR", help="folder to write")
+    group.add_argument("--overwrite", action="store_true", help="replace another prepared set in --out")
+    group = parser.add_argument_group("split and sampling")
+    group.add_argument("--split", choices=("patient", "image"), default="patient",
+                       help="unit of the 80/20 split; image reproduces the study and leaks patients")
+    group.add_argument("--split-file", type=Path, metavar="CSV",
+                       help="isic_id,split with train, val or test: obeyed instead of --split")
+    for part, count in BENIGN.items():
+        group.add_argument(f"--benign-{part}", type=_count, metavar="N", default=argparse.SUPPRESS,
+                           help=f"benign tiles of {part}, or all (default: {count}; with --split-file all)")
+    group.add_argument("--seed", type=cli.number(int, low=0), default=0, help="of the split and the sampling")
+    group = parser.add_argument_group("prompts and pixels")
+    group.add_argument("--prompts", choices=("structured", "fixed"), default="structured",
+                       help="a sentence of measured attributes, or one sentence a class; a caption that came with a "
+                       "tile is kept")
+    group.add_argument("--color-norm", default="none", metavar="NAME",
+                       help=f"recorded, and applied whenever tiles are loaded: {COLOR_NORMS}")
+    group.add_argument("--workers", type=cli.number(int, low=1), default=os.cpu_count() or 1,
+                       help="processes that measure attributes, connections that download")
+    return parser.parse_args(argv)
+
+
+def _count(text: str) -> int | None:
+    return None if text == "all" else cli.number(int, low=0)(text)
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    from lesion.tiles import colour, isic
+    colour.check(args.color_norm)
+    _check_out(args.out, args.overwrite)
+    print(f"reading {args.source}", flush=True)
+    source = isic.open_source(args.source, args.ground_truth, workers=args.workers)
+    print(f"  {source.layout}: {len(source.where)} labelled tiles")
+    split, ids = choose(source, args)
+    for note in source.notes:
+        print(f"  {note}")
+    details = isic.metadata(source, ids)
+    key = files.sha256_json([FORMAT, __version__, args.seed, args.prompts, args.color_norm,
+                             [[i, split[i], source.labels[i], source.patients.get(i), source.stamp(i), details[i],
+                               source.given.get(i)] for i in ids]])
+    if _recorded(args.out).get("key") == key:
+        print(f"{args.out} already holds this data set; nothing to do")
+        return
+    if args.out.exists() and any(args.out.iterdir()) and not args.overwrite:
+        raise ValueError(f"--out {args.out} holds another data set: choose another folder, or --overwrite")
+    staging = args.out.parent / f".{args.out.name}.partial"
+    try:
+        record = build(source, details, split, args, staging)
+        files.write_json(staging / "dataset.json", {**record, "key": key})
+        _swap(staging, args.out)
+    except BaseException:
+        if source.remote:
+            print(f"what was fetched is kept in {staging}; the same command goes on from there")
+        else:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+    _report(args.out, record)
+
+
+def choose(source, args) -> tuple[dict[str, str], list[str]]:
+    """(isic_id -> part, sorted ids of the sample) by the flags. ValueError without patients to split by, or with a
+    patient in two parts of a split that claims to be by patient."""
+    from lesion.tiles import split
+    from lesion.tiles.tables import file_table
+    ids, came_with = list(source.where), {i: row["split"] for i, row in source.given.items() if "split" in row}
+    if args.split_file:
+        listed, patients = split.by_file(file_table(args.split_file, "--split-file"))
+        source.patients = {**patients, **source.patients}
+        parts = {i: listed[i] for i in ids if i in listed}
+        if not parts:
+            raise ValueError(f"--split-file {args.split_file} lists none of the {len(ids)} tiles of {args.source}")
+        source.notes.append(f"{args.split_file.name} places {len(parts)} of {len(ids)} tiles; "
+                            f"{len(listed) - len(parts)} of its rows have no tile")
+    elif args.split == "image":
+        parts = split.by_image(ids, source.labels, args.seed)
+    elif len(came_with) == len(ids):
+        parts = {i: came_with[i] for i in ids}
+        source.notes.append("the split that came with the tiles is kept")
+    else:
+        known = [i for i in ids if i in source.patients]
+        if not known:
+            raise ValueError(f"{args.source} has no patient ids: give the split with --split-file CSV (isic_id,split), "
+                             "or accept that patients may be on both sides with --split image")
+        if len(known) < len(ids):
+            source.notes.append(f"{len(ids) - len(known)} tiles have no patient id and are left out")
+        parts = split.by_patient(known, source.labels, source.patients, args.seed)
+    whole = args.split_file or (came_with and args.split != "image")  # a given split is not thinned unless asked to
+    benign = {part: getattr(args, f"benign_{part}", None if whole else count) for part, count in BENIGN.items()}
+    chosen = split.sample(parts, source.labels, benign, args.seed)
+    parts = {i: parts[i] for i in chosen}
+    if args.split == "image" and not args.split_file:
+        leaked, positives = split.leaked_positives(parts, source.labels, source.patients)
+        source.notes.append(f"split by image: {leaked} of {positives} malignant test tiles have a patient-mate in "
+                            "training" if source.patients else
+                            "split by image: no patient ids, so the leak cannot be counted")
+        return parts, chosen
+    for (a, b), both in split.shared(parts, source.patients).items():
+        if both:
+            raise ValueError(f"{len(both)} patients have tiles in both {a} and {b} (first: {min(both)}): correct the "
+                             "split; only --split image allows it, to reproduce the study")
+    return parts, chosen
+
+
+def build(source, details: dict[str, dict], parts: dict[str, str], args, staging: Path) -> dict:
+    """Write images/ and metadata.jsonl to `staging`; returns dataset.json's record. `details`: `isic.metadata`'s."""
+    from lesion.tiles import split
+    ids = list(details)
+    if not source.remote:
+        shutil.rmtree(staging, ignore_errors=True)
+    prints, shapes, problems = fetch(source, ids, staging)
+    if not prints:
+        raise ValueError(f"none of the {len(ids)} tiles is readable (first: {problems[0]})")
+    rows = [_row(source, i, parts[i], details[i], prints[i][0]) for i in ids if i in prints]
+    for path in (staging / "images").iterdir():  # left by an interrupted run with other flags
+        if path.stem not in prints:
+            path.unlink()
+    describe(rows, staging, args)
+    if args.prompts == "structured":
+        outline_sheet(rows, staging)
+    files.write_manifest(staging, rows)
+    readable = {i: part for i, part in parts.items() if i in prints}
+    return {"format": FORMAT, "name": rows[0]["source"], "source": source.layout, "color_norm": args.color_norm,
+            "color_norm_reference": _reference(rows, staging, args), "split": "file" if args.split_file else args.split,
+            "seed": args.seed, "prompts": args.prompts, "counts": _counts(rows),
+            "overlap": split.overlap(readable, source.patients, source.lesions, prints),
+            "license": sorted({row["license"] or "unknown" for row in rows}), "unreadable": problems,
+            "not_square": shapes, "notes": source.notes, "arguments": _arguments(args),
+            "versions": {"lesion": __version__, **{name: version(name) for name in MEASURED_BY}}}
+
+
+def _arguments(args) -> dict:
+    """The flags that decide what is in the folder, as text."""
+    return {name: str(value) for name, value in sorted(vars(args).items())
+            if value is not None and name not in ("out", "overwrite", "workers")}
+
+
+def fetch(source, ids: list[str], staging: Path) -> tuple[dict, list[str], list[str]]:
+    """Copy the tiles' bytes to `staging`/images: ({isic_id: (sha256, fingerprint)}, not square, unreadable "id: why").
+    """
+    from lesion.tiles import decode, split
+    images = staging / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    kept = {i for i in ids if source.remote and _is_there(images / _name(source, i), source.stamp(i))}
+    prints, shapes, problems = {}, [], []
+    with cli.progress(total=len(ids), desc="tiles", unit="tile") as bar:
+        fresh = source.read([i for i in ids if i not in kept])
+        old = ((i, (images / _name(source, i)).read_bytes()) for i in ids if i in kept)
+        for stream, new in ((old, False), (fresh, True)):
+            for isic_id, data in stream:
+                bar.update()
+                try:
+                    if isinstance(data, ValueError):
+                        raise data
+                    image = decode.decode(data, square=False)
+                except ValueError as error:
+                    problems.append(f"{isic_id}: {error}")
+                    continue
+                if image.shape[0] != image.shape[1]:
+                    shapes.append(f"{isic_id}: {image.shape[1]}x{image.shape[0]}")
+                if new:
+                    (images / _name(source, isic_id)).write_bytes(data)
+                prints[isic_id] = hashlib.sha256(data).hexdigest(), split.fingerprint(decode.central_square(image))
+    return prints, sorted(shapes), sorted(problems)
+
+
+def _is_there(path: Path, stamp: list) -> bool:
+    """Whether an earlier, interrupted run has fetched this zip member whole: same size and CRC-32."""
+    if not path.is_file() or path.stat().st_size != stamp[0]:
+        return False
+    return zlib.crc32(path.read_bytes()) == stamp[1]
+
+
+def _name(source, isic_id: str) -> str:
+    return isic_id + source.suffix(isic_id)
+
+
+def describe(rows: list[dict], staging: Path, args) -> None:
+    """Give each row its `text`, and with structured prompts its `attributes`, `measured` and `confidence`.
+
+    A caption, or attributes, that came with the tile are kept; else what ISIC's metadata says goes before what pixels say.
+    """
+    from lesion.describe.prompts import FIXED_PROMPT, to_sentence
+    bare = [row for row in rows if not row["attributes"]]
+    if args.prompts == "structured" and bare:
+        from lesion.describe import attributes
+        with cli.progress(total=len(bare), desc="attributes", unit="tile") as bar:
+            measures = attributes.measure_all([staging / row["file_name"] for row in bare], workers=args.workers,
+                                              progress=lambda done: bar.update())
+        quantiles = attributes.metadata_quantiles(row.get("metadata") or {} for row in rows)
+        for row, measured in zip(bare, measures):
+            row["attributes"], confidence = attributes.describe(measured, row.get("metadata"), quantiles)
+            row["confidence"], row["measured"] = _rounded(confidence), _rounded(measured)
+    for row in rows:
+        if not row["text"]:
+            row["text"] = to_sentence(row["label"], row["attributes"]) if args.prompts == "structured" \
+                else FIXED_PROMPT[row["label"]]
+
+
+def outline_sheet(rows: list[dict], staging: Path) -> None:
+    """Write attributes.png: up to 64 tiles of every class by turns, outlined as they were measured, for people to look over."""
+    import numpy as np
+    from PIL import Image
+
+    from lesion.describe import attributes
+    from lesion.run import sheets
+    from lesion.tiles import decode
+    by_label = [[row for row in rows if row["label"] == label] for label in sorted({row["label"] for row in rows})]
+    some = [part[i] for part in by_label for i in np.linspace(0, len(part) - 1, min(len(part), 64 // len(by_label))).astype(int)]
+    raw = [decode.decode((staging / row["file_name"]).read_bytes()) for row in some]
+    shown = [Image.fromarray(attributes.outlined(image)).resize((256, 256)) for image in raw]
+    sheets.save_png(staging / "attributes.png", sheets.contact_sheet(np.stack([np.asarray(image) for image in shown])))
+
+
+def _rounded(value):
+    """Floats to five significant digits, however nested."""
+    if isinstance(value, dict):
+        return {name: _rounded(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def _row(source, isic_id: str, part: str, details: dict, sha256: str) -> dict:
+    given = {k: v for k, v in source.given.get(isic_id, {}).items() if v is not None}
+    name, licence = source.origin(isic_id)
+    row = {"file_name": f"images/{_name(source, isic_id)}", "isic_id": isic_id, "text": None,
+           "label": source.labels[isic_id], "patient_id": source.patients.get(isic_id), "attributes": {},
+           "source": name, "license": licence, "lesion_id": source.lesions.get(isic_id), **given,
+           "split": part, "sha256": sha256}
+    row["license"] = details.pop("copyright_license", None) or row["license"]
+    row["attribution"] = details.pop("attribution", None) or row.get("attribution")
+    row["metadata"] = {k: v for k, v in details.items() if k not in OWN_PLACE} or row.get("metadata")
+    return {k: v for k, v in row.items() if v is not None or k == "patient_id" or k == "license" or k == "text"}
+
+
+def _counts(rows: list[dict]) -> dict:
+    counts = {}
+    for part in ("train", "val", "test"):
+        mine = [row for row in rows if row["split"] == part]
+        if mine:
+            counts[part] = {label: sum(row["label"] == label for row in mine) for label in ("benign", "malignant")}
+            counts[part]["patients"] = len({row["patient_id"] for row in mine} - {None}) or None
+    return counts
+
+
+def _reference(rows: list[dict], staging: Path, args) -> dict | None:
+    if args.color_norm != "skin-locus":
+        return None
+    import numpy as np
+
+    from lesion.tiles import colour, decode
+    train = [row for row in rows if row["split"] == "train"]
+    if not train:
+        raise ValueError("--color-norm skin-locus learns its line from training tiles, and there are none")
+    order = np.random.default_rng([args.seed, 3]).permutation(len(train))[:REFERENCE_TILES]
+    return colour.skin_reference([decode.fill_borders(decode.decode((staging / train[i]["file_name"]).read_bytes()))
+                                  for i in sorted(order)])
+
+
+def _recorded(out: Path) -> dict:
+    path = out / "dataset.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    old = out.parent / f".{out.name}.old"
+    if old.exists() and not out.exists():
+        os.replace(old, out)  # an --overwrite was killed between its two renames
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: give a folder")
+    if overwrite and out.exists() and (others := sorted(p.name for p in out.iterdir() if p.name not in OWN_FILES)):
+        raise ValueError(f"--out {out} holds what prepare did not write ({', '.join(others[:3])}): move it away first")
+
+
+def _swap(staging: Path, out: Path) -> None:
+    """Rename the finished folder into place; an old one is kept until the new one stands."""
+    if hasattr(os, "sync"):
+        os.sync()  # thousands of small files: one flush instead of one each
+    old = out.parent / f".{out.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        os.replace(out, old)
+    os.replace(staging, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _report(out: Path, record: dict) -> None:
+    counts = record["counts"]
+    total = sum(count["benign"] + count["malignant"] for count in counts.values())
+    print(f"\n{out}: {total} tiles, {', '.join(record['license'])}, colour normalisation {record['color_norm']}\n\n"
+          f"{'':16}{'benign':>9}{'malignant':>11}{'patients':>10}")
+    for part, count in counts.items():
+        print(f"{part:16}{count['benign']:9}{count['malignant']:11}{count['patients'] or 'unknown':>10}")
+    if record["overlap"]:
+        print(f"\n{'in both':16}{'patients':>9}{'lesions':>11}{'same file':>10}{'near copies':>12}")
+    for pair, both in record["overlap"].items():
+        cells = ["unknown" if both[name] is None else both[name] for name in ("patients", "lesions", "exact", "near")]
+        print(f"{pair:16}{cells[0]:>9}{cells[1]:>11}{cells[2]:>10}{cells[3]:>12}")
+        for a, b, likeness in both["pairs"][:3]:
+            print(f"{'':16}{a} and {b}, likeness {likeness}")
+    for name, what in (("unreadable", "unreadable and left out"), ("not_square", "not square: their centre is used")):
+        if record[name]:
+            print(f"\n{len(record[name])} tiles are {what}: {'; '.join(record[name][:3])}")
+    print(f"\nnext: python -m lesion label {out}\n      python train_lora.py --phase 1 --data {out}")

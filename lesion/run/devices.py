@@ -1,0 +1,100 @@
+"""The machine under a run: device, precision, processes, memory, and random numbers keyed by what they are for.
+
+Proven by tests/run/test_devices.py and tests/train/test_distributed.py.
+"""
+
+import contextlib
+import ctypes
+import os
+import resource
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from lesion.run import devices
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def device(name: str = "auto") -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU. ValueError for a device this machine lacks."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {name} was asked for, but PyTorch sees no CUDA device here; use --device cpu")
+    return torch.device(name)
+
+
+def autocast(where: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """Autocast to fp16 or bf16 on `where`; nothing for fp32."""
+    return torch.autocast(where.type, DTYPES[precision]) if precision != "fp32" else contextlib.nullcontext()
+
+
+def generator(*key: int) -> torch.Generator:
+    """A CPU generator seeded by the whole key, e.g. (seed, step): the same numbers on any device, batch size or resumption.
+
+    Trailing zeros do not count, (seed,) = (seed, 0) = (seed, 0, 0): longer keys beside (seed, step) must end in 1 or more.
+    """
+    state = int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0])
+    return torch.Generator().manual_seed(state & (2**63 - 1))
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed blocks instead of returning them to the kernel: a training step on the CPU frees and takes back gigabytes,
+    and the page faults cost up to a third of its time. Nothing elsewhere than on Linux with glibc. Call it once, before the first tensor.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        for option, value in ((-4, 0), (-8, 1), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_ARENA_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            libc.mallopt(option, value)
+    except (OSError, AttributeError):
+        pass  # another C library
+
+
+def peak_mem_gib(where: torch.device) -> float:
+    """Peak memory so far: the allocator's on CUDA, the process's resident set elsewhere.
+
+    On Linux from VmHWM: getrusage's ru_maxrss also counts the process that started this one.
+    """
+    if where.type == "cuda":
+        return torch.cuda.max_memory_allocated(where) / 2**30
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes on macOS
+
+
+def synchronize(where: torch.device) -> None:
+    """Wait until the device has done its queued work, so that a clock reads the truth."""
+    if where.type == "cuda":
+        torch.cuda.synchronize(where)
+
+
+def process(device_name: str) -> tuple[int, int, torch.device]:
+    """(rank, number of processes, device); joins torchrun's process group where there is one."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = devices.device(device_name)
+    if device.type == "cpu":
+        devices.keep_freed_memory()
+    if world == 1:
+        return 0, 1, device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return torch.distributed.get_rank(), world, device
+
+
+def distributed(model: nn.Module, world: int, device: torch.device) -> nn.Module:
+    """`model`, averaged over processes if there are several and anything is left to train."""
+    if world == 1:
+        return model
+    return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+def no_sync(model: nn.Module, wanted: bool) -> contextlib.AbstractContextManager:
+    """Skip the gradients' averaging while they accumulate."""
+    return model.no_sync() if wanted and hasattr(model, "no_sync") else contextlib.nullcontext()

@@ -1,0 +1,168 @@
+"""Files that survive a crash: atomic writes, append-only JSON lines, hashes, and the tile manifest.
+
+Standard library only, so that every command can import it before it has parsed its flags.
+A manifest is `metadata.jsonl` in a folder (the Hugging Face imagefolder convention), one JSON object a tile:
+`file_name` (relative to the folder) and, where known, `text`, `label`, `split`, `patient_id`, `attributes`,
+`source`, `license`; synthetic tiles add `prompt`, `seed`, `sampler`, `steps`, `guidance_scale`, `base_sha256`,
+`lora_sha256`.
+Proven by tests/run/test_files.py.
+"""
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+MANIFEST = "metadata.jsonl"
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success fsync it and rename it over `path`, on failure remove it.
+
+    A reader sees the old file or the whole new one, never a part: rename(2) is atomic within a file system.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        _fsync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _fsync_folder(folder: Path) -> None:
+    if os.name == "posix":  # the rename itself is durable only once its folder is
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file; ValueError, naming the file, if it holds anything else."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def append_jsonl(path: Path, *rows: dict) -> None:
+    """Append rows to a JSON-lines file and fsync. A torn last line left by a crash is cut off first; a whole one that
+    only lacks its newline (an editor's work) gets it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    with open(path, "ab+") as file:
+        end = file.seek(0, os.SEEK_END)
+        if end:
+            file.seek(end - 1)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                whole = file.read()
+                start = whole.rfind(b"\n") + 1
+                try:
+                    json.loads(whole[start:])
+                    data = b"\n" + data
+                except ValueError:
+                    file.truncate(start)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Rows of a JSON-lines file. A torn last line (a crash in mid-write) is dropped; any other bad line raises
+    ValueError with its number."""
+    rows = []
+    lines = Path(path).read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
+        rows.append(row)
+    return rows
+
+
+def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    """Write rows as JSON lines, atomically."""
+    write_bytes(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def read_manifest(folder: Path) -> list[dict]:
+    """Rows of `folder`/metadata.jsonl; ValueError if absent, empty, without `file_name`, or with one listed twice."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a prepared data set: it has no {MANIFEST} (see `python -m lesion prepare`)")
+    rows = read_jsonl(path)
+    if not rows:
+        raise ValueError(f"{path} is empty")
+    seen = set()
+    for number, row in enumerate(rows, 1):
+        name = row.get("file_name")
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{path}, row {number}: no `file_name`")
+        if name.startswith(("/", "\\")) or ".." in Path(name).parts:
+            raise ValueError(f"{path}, row {number}: {name!r} leads out of the data set")
+        if name in seen:
+            raise ValueError(f"{path}, row {number}: {name!r} is listed twice")
+        seen.add(name)
+    return rows
+
+
+def write_manifest(folder: Path, rows: Iterable[dict]) -> None:
+    """Write `folder`/metadata.jsonl atomically."""
+    write_jsonl(Path(folder) / MANIFEST, rows)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file, read in 1 MiB pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_bytes(data: bytes | memoryview) -> str:
+    """Hex SHA-256 of bytes or of anything that shows its bytes (a contiguous array)."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_json(value: object) -> str:
+    """Hex SHA-256 of a value's canonical JSON (sorted keys, no spaces): the key of every cache."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Tiles: sources, decoding, colour, views, splits, and what a LoRA has seen."""

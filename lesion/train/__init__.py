@@ -1,0 +1,1 @@
+"""Teaching a LoRA: the step, latents, set-up, watching, checkpoints."""

@@ -1,0 +1,173 @@
+"""What watches a run: validation on fixed noise, sample sheets, metrics.jsonl and timing.jsonl, the loss curve.
+
+Proven by tests/train/test_watch.py and tests/train/test_train_lora.py.
+"""
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lesion.run import devices, files, folders, sheets
+from lesion.run.files import atomic_path, read_jsonl
+from lesion.sd import pipeline, schedule
+from lesion.sd.checkpoint import StableDiffusion
+from lesion.sd.vae import to_images_u8, to_pixels
+from lesion.tiles.decode import Tiles
+from lesion.train.setup import Texts
+from lesion.train.step import Denoiser
+
+
+def loss_curve(metrics: Path, path: Path) -> None:
+    """Training loss (each step and its running mean), by timestep quartile, and validation loss, from a run's metrics.jsonl."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    rows = read_jsonl(metrics)
+    train = [row for row in rows if "loss" in row]
+    checks = [row for row in rows if "val_loss" in row]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    steps, loss = np.array([row["step"] for row in train]), np.array([row["loss"] for row in train])
+    left.plot(steps, loss, color="0.8", lw=0.6, label="training, each step")
+    width = max(1, len(loss) // 30)
+    if len(loss) >= 2 * width:
+        smooth = np.convolve(loss, np.ones(width) / width, mode="valid")
+        left.plot(steps[width - 1:], smooth, color="#0072b2", lw=1.6, label=f"training, mean of {width}")
+    if checks:
+        left.plot([row["step"] for row in checks], [row["val_loss"] for row in checks], "o-", color="#d55e00", ms=3, lw=1.4,
+                  label="held-out tiles, fixed noise")
+    left.set(xlabel="step", ylabel="noise prediction error (MSE)", title="Loss")
+    left.legend(frameon=False, fontsize=8)
+    key, source, what = ("val_loss_q", checks, "held-out") if len(checks) > 1 else ("loss_q", train, "training")
+    for quartile, color in enumerate(("#0072b2", "#009e73", "#e69f00", "#cc79a7"), 1):
+        points = [(row["step"], row[f"{key}{quartile}"]) for row in source if row.get(f"{key}{quartile}") is not None]
+        if points:
+            right.plot(*zip(*points), "o-" if what == "held-out" else "-", ms=2.5, lw=1.2, color=color,
+                       label=f"t {250 * (quartile - 1)} to {250 * quartile - 1}")
+    right.set(xlabel="step", yscale="log", title=f"By timestep, {what}")
+    right.legend(frameon=False, fontsize=8)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None})
+
+
+def validation(args, sd: StableDiffusion, held_out: Tiles, timesteps: tuple[int, ...], device: torch.device) -> Callable | None:
+    """A function that gives {val_loss, val_loss_q1..4}: unweighted error on fixed (tile, timestep, noise) triples; None without tiles."""
+    if not held_out.rows:
+        return None
+    with torch.no_grad():
+        mean = torch.cat([sd.vae.encode(to_pixels(image[None]).to(device))[0] for image in held_out.images_u8])
+    latents = (sd.latent_scale * mean).repeat_interleave(len(timesteps), 0)
+    t = torch.tensor(timesteps, device=device).repeat(len(mean))
+    noise = torch.randn(latents.shape, generator=devices.generator(args.seed, 0, 8)).to(device)
+    tile = np.repeat(np.arange(len(mean)), len(timesteps))
+    texts = Texts(sd, [row["text"] for row in held_out.rows], trained=args.phase == 2)
+    model = Denoiser(sd.unet, sd.text_encoder)
+
+    @torch.no_grad()
+    def validate() -> dict[str, float]:
+        errors = []
+        for some in torch.arange(len(t)).split(16):
+            noisy = schedule.add_noise(latents[some], noise[some], t[some])
+            with devices.autocast(device, args.precision):
+                noise_pred = model(noisy, t[some], texts(tile[some.numpy()], torch.zeros(len(some), dtype=torch.bool)))
+            errors.append((noise_pred.float() - noise[some]).square().mean(dim=(1, 2, 3)))
+        error = torch.cat(errors).double()
+        return {"val_loss": error.mean().item(), **{f"val_loss_q{q}": value for q, value in quartiles(error, t).items()}}
+    return validate
+
+
+def sampling(args, sd: StableDiffusion, rows: list[dict], device: torch.device) -> Callable[[Path], None]:
+    """A function that draws the sample sheet: fixed seeds, fixed prompts of the training set, the networks as they are now."""
+    chosen = np.random.default_rng([args.seed, 3]).integers(len(rows), size=args.sample_count)
+    prompts = [rows[i]["text"] for i in chosen]
+    guidance_scale = folders.recipe_for(args.base)["guidance_scale"]
+
+    def sample(path: Path) -> None:
+        if not prompts:
+            return
+        images = []
+        for start in range(0, len(prompts), args.batch_size):
+            some = prompts[start:start + args.batch_size]
+            with torch.no_grad(), devices.autocast(device, args.precision):
+                context, negative = pipeline.encode_prompts(sd, some), pipeline.encode_prompts(sd, [""] * len(some))
+                latents = pipeline.draw(sd, context, negative, list(range(start, start + len(some))), args.resolution,
+                                        steps=args.sample_steps, guidance_scale=guidance_scale)
+            images.append(to_images_u8(pipeline.decode(sd, latents)))
+        sheets.save_png(path, sheets.contact_sheet(np.concatenate(images)))
+    return sample
+
+
+def before_and_after(folder: Path, steps: int) -> None:
+    """One picture of the first and the last sample sheet, one above the other."""
+    sheets = [(folder / f"step-{step:06d}.png", f"step {step}") for step in (0, steps)]
+    if all(path.is_file() for path, _ in sheets):
+        sheets.save_png(
+            folder / "before-after.png", sheets.stack([Image.open(path) for path, _ in sheets], [name for _, name in sheets])
+        )
+
+
+def quartiles(error: Tensor, timesteps: Tensor) -> dict[int, float | None]:
+    """Mean error of the samples with timesteps in 0..249, 250..499, 500..749, 750..999; None where there is none."""
+    quarter = timesteps.cpu() // (schedule.STEPS // 4)
+    return {q + 1: error.cpu()[quarter == q].mean().item() if (quarter == q).any() else None for q in range(4)}
+
+
+class Log:
+    """metrics.jsonl (the same bytes in every run of a recipe) and timing.jsonl (not): losses stay on the device until `flush`."""
+
+    def __init__(self, args, device: torch.device, rows: list[dict], done: int, batch: int):
+        self.args, self.device, self.rows, self.batch = args, device, rows, batch
+        self.waiting: list[tuple] = []
+        self.seen = [done, time.perf_counter()]
+
+    def open(self, done: int) -> None:
+        """Drop what a stopped run logged after its last checkpoint; without one, its validation of step 0 too."""
+        for name in ("metrics.jsonl", "timing.jsonl"):
+            folders.cut_metrics(self.args.out / name, done or -1)
+
+    def step(self, done: int, error: Tensor, timesteps: Tensor, tile: np.ndarray, grad_norm: Tensor, lr: float, skipped: int) -> None:
+        self.waiting.append((done, error, timesteps, tile, grad_norm, lr, skipped))
+
+    def flush(self) -> str:
+        """Write what waits; a line for the progress bar. ValueError at the first loss that is not finite, with its tiles."""
+        rows = []
+        for done, error, timesteps, tile, grad_norm, lr, skipped in self.waiting:
+            error = error.cpu().double()
+            if not error.isfinite().all():
+                bad = (~error.isfinite()).nonzero()[:, 0].tolist()
+                raise ValueError(f"step {done}: loss is not finite for timesteps {[int(timesteps[i]) for i in bad]}, tiles "
+                                 f"{[self.rows[tile[i]]['file_name'] for i in bad]}; nothing was saved over the last checkpoint; "
+                                 "lower --lr or use --precision fp32")
+            parts = {f"loss_q{q}": value for q, value in quartiles(error, timesteps).items()}
+            norm = float(grad_norm) if math.isfinite(grad_norm) else None  # a skipped step's: JSON has no infinity
+            rows.append({"step": done, "loss": error.mean().item(), **parts, "grad_norm": norm, "lr": lr, "skipped_steps": skipped})
+        if not rows:
+            return ""
+        devices.synchronize(self.device)
+        now, last = time.perf_counter(), rows[-1]["step"]
+        seconds = (now - self.seen[1]) / (last - self.seen[0])
+        self.waiting, self.seen = [], [last, now]
+        memory = devices.peak_mem_gib(self.device)
+        files.append_jsonl(self.args.out / "metrics.jsonl", *rows)
+        files.append_jsonl(self.args.out / "timing.jsonl", {"step": last, "step_ms": 1000 * seconds, "images_per_s": self.batch / seconds,
+                                                            "peak_mem_gib": memory})
+        loss = float(np.mean([row["loss"] for row in rows]))
+        return f"loss {loss:.4f}, {self.batch / seconds:.1f} images/s, {memory:.1f} GiB" + (f", {rows[-1]['skipped_steps']} skipped" if
+                                                                                           rows[-1]["skipped_steps"] else "")
+
+    def validation(self, done: int, values: dict[str, float]) -> None:
+        """Log a validation; ValueError if it is not finite. Its time does not count as training time."""
+        if not math.isfinite(values["val_loss"]):
+            raise ValueError(f"step {done}: validation loss is {values['val_loss']}; nothing was saved over the last checkpoint")
+        files.append_jsonl(self.args.out / "metrics.jsonl", {"step": done, **values})
+
+    def restart_clock(self) -> None:
+        """Leave out of the timing what has happened since the last flush (validation, samples, checkpoints)."""
+        self.seen[1] = time.perf_counter()

@@ -1,0 +1,154 @@
+"""lesion.classify.network: it learns, resumes bit for bit, weighs classes as said, loads weights strictly, refuses NaN."""
+import numpy as np
+import pytest
+import torch
+import torchvision
+from tiny_tiles import picture
+
+from lesion.classify import network
+
+
+@pytest.fixture(scope="module")
+def tiles():
+    """48 benign and 24 malignant tiles of 32 px to learn from, half as many to choose by."""
+    rng = np.random.default_rng(0)
+    labels = torch.tensor([0, 0, 1] * 36)
+    images = torch.from_numpy(np.stack([picture(rng, bool(label)) for label in labels]))
+    index = torch.arange(108)
+    return network.Pool(images, labels, index[:72]), network.Pool(images, labels, index[72:])
+
+
+def recipe(**changes):
+    return network.Recipe(**{"steps": 6, "steps_per_epoch": 2, "batch_size": 8, **changes})
+
+
+def fit(tiles, path, seed=0, weighted=False, on_epoch=lambda row: None, **changes):
+    model = network.build("resnet18", "none", seed)
+    rows = network.fit(model, *tiles, recipe(**changes), seed, weighted, path, on_epoch)
+    return model, rows
+
+
+def test_learns(tiles, tmp_path):
+    """A class that shows is found: validation AUROC over .9 after 24 steps, loss fallen, the saved model the same."""
+    model, rows = fit(tiles, tmp_path / "state", steps=24, steps_per_epoch=8, batch_size=16, augmentation="dihedral")
+    scores = network.predict(model, tiles[1].images_u8, tiles[1].order)
+    assert scores.shape == (36,)
+    assert max(row["val_auroc"] for row in rows) > 0.9
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    network.save(tmp_path / "model.safetensors", model, "resnet18", 32)
+    loaded, side = network.load(tmp_path / "model.safetensors")
+    assert side == 32
+    assert np.array_equal(network.predict(loaded, tiles[1].images_u8, tiles[1].order), scores)
+    assert network.features(loaded, tiles[1].images_u8[:5]).shape == (5, 512)
+
+
+def test_best_epoch_is_kept(tiles, tmp_path, monkeypatch):
+    """The weights left are those of the epoch with the best validation AUPRC (of equals, the first), whatever came after."""
+    auprc, snapshots = iter([0.3, 0.8, 0.8, 0.4]), []
+    monkeypatch.setattr(network.classification, "evaluate", lambda *_: {"auprc": [next(auprc)], "auroc": [0.5]})
+    model = network.build("resnet18", "none", 1)
+    network.fit(model, *tiles, recipe(steps=8), 1, False, tmp_path / "state", lambda row: snapshots.append(
+        network.predict(model, tiles[1].images_u8, tiles[1].order)))
+    scores = network.predict(model, tiles[1].images_u8, tiles[1].order)
+    assert [np.array_equal(scores, snapshot) for snapshot in snapshots] == [False, True, False, False]
+
+
+def test_resumed_run_equals_uninterrupted(tiles, tmp_path):
+    """Stopped after every epoch and started anew, the run ends with the same rows and the same weights, bit for bit."""
+    whole, rows = fit(tiles, tmp_path / "whole", weighted=True)
+
+    def stop(row):
+        if row["epoch"] < 3:
+            raise KeyboardInterrupt
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            fit(tiles, tmp_path / "cut", weighted=True, on_epoch=stop)
+    resumed, again = fit(tiles, tmp_path / "cut", weighted=True)
+    assert again == rows
+    after = resumed.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in whole.state_dict().items())
+
+
+def test_seeds_differ(tiles, tmp_path):
+    """Another seed is another run (else 'over seeds' would mean nothing)."""
+    assert fit(tiles, tmp_path / "a", 0, steps=2)[1] != fit(tiles, tmp_path / "b", 1, steps=2)[1]
+
+
+def test_class_weights():
+    """3 benign to 1 malignant: weights 2/3 and 2 (both classes weigh the same); power .5 the root; 0 none."""
+    labels = torch.tensor([0, 0, 0, 1])
+    assert network.class_weights(labels, 1.0).tolist() == pytest.approx([2 / 3, 2])
+    assert network.class_weights(labels, 0.5).tolist() == pytest.approx([(2 / 3) ** .5, 2 ** .5])
+    assert network.class_weights(labels, 0.0).tolist() == [1, 1]
+
+
+def test_learning_rate():
+    """Linear over the first tenth to the peak, then half a cosine to nearly 0."""
+    rates = [network.lr_at(step, recipe(steps=100, lr=1.0)) for step in range(100)]
+    assert rates[:10] == pytest.approx([.1, .2, .3, .4, .5, .6, .7, .8, .9, 1.0])
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[99] < 0.001
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_batches_cover_every_epoch():
+    """Full batches cut from epoch-wise shuffles: each index once an epoch, also where batches straddle epochs."""
+    order = torch.tensor([3, 5, 7, 9, 11, 11, 2])
+    batches = [network.batch_of(order, step, 3, seed=4) for step in range(14)]
+    assert all(len(batch) == 3 for batch in batches)
+    stream = torch.cat(batches)
+    for epoch in range(6):
+        assert sorted(stream[epoch * 7:(epoch + 1) * 7].tolist()) == sorted(order.tolist())
+    assert stream[:7].tolist() != stream[7:14].tolist()
+    assert network.batch_of(order[:2], 0, 5, seed=0).shape == (5,)
+
+
+def test_weights_from_a_file(tmp_path):
+    """A torchvision state dict of 1,000 classes is taken over but for its head; .pt and .safetensors alike."""
+    from safetensors.torch import save_file
+    donor = torchvision.models.resnet18(num_classes=1000)
+    torch.save(donor.state_dict(), tmp_path / "r18.pth")
+    save_file(donor.state_dict(), tmp_path / "r18.safetensors")
+    for name in ("r18.pth", "r18.safetensors"):
+        model = network.build("resnet18", str(tmp_path / name), 0)
+        assert torch.equal(model.layer3[0].conv1.weight, donor.layer3[0].conv1.weight)
+        assert model.fc.weight.shape == (1, 512)
+
+
+def test_bad_weights(tmp_path):
+    """No such file, another network's, something else, an unknown architecture: one line each."""
+    torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "r34.pth")
+    (tmp_path / "text.pth").write_text("no weights")
+    for weights, words in ((tmp_path / "none.pth", "no such file"), (tmp_path / "text.pth", "not a state dict")):
+        with pytest.raises(ValueError, match=words):
+            network.build("resnet18", str(weights), 0)
+    with pytest.raises(ValueError, match="does not fit the network"):
+        network.build("resnet50", str(tmp_path / "r34.pth"), 0)
+    with pytest.raises(ValueError, match="allowed are resnet18"):
+        network.build("vgg16", "none", 0)
+
+
+def test_divergence_is_an_error(tiles, tmp_path):
+    """A learning rate that blows up: a ValueError, and no state to resume from. NaN weights give no scores."""
+    with pytest.raises(ValueError, match="not finite"):
+        fit(tiles, tmp_path / "state", lr=1e30)
+    assert not (tmp_path / "state").exists()
+    model = network.build("resnet18", "none", 0)
+    model.fc.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        network.predict(model, tiles[1].images_u8)
+
+
+def test_one_class_is_refused(tiles, tmp_path):
+    """Training tiles of one class only: an error before the first step."""
+    benign = tiles[0].order[tiles[0].labels[tiles[0].order] == 0]
+    with pytest.raises(ValueError, match="one class only"):
+        fit((network.Pool(tiles[0].images_u8, tiles[0].labels, benign), tiles[1]), tmp_path / "state")
+
+
+def test_damaged_state_is_named(tiles, tmp_path):
+    """A state file that is not one: an error that names it, nothing trained over it."""
+    (tmp_path / "state").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="damaged"):
+        fit(tiles, tmp_path / "state")

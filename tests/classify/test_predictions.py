@@ -1,0 +1,99 @@
+"""lesion.classify.predictions: what is written comes back; damaged or foreign tables are refused by name and line."""
+import numpy as np
+import pytest
+
+from lesion.classify import predictions
+from lesion.classify.arms import Parts
+from lesion.stats import classification
+
+
+def parts(count=8, patients=True, start=0):
+    rows = [{"file_name": f"images/T{start + i}.jpg", "label": ("benign", "malignant")[i % 2],
+             "patient_id": f"P{i // 2}" if patients else None} for i in range(2 * count)]
+    return Parts([], rows[:count], rows[count:], False)
+
+
+def scores(count=8, seed=0):
+    return np.random.default_rng(seed).random(count)
+
+
+def test_round_trip(tmp_path):
+    """Scores come back exactly, tiles sorted by id, the threshold chosen on the validation tiles."""
+    both = parts()
+    predictions.write(tmp_path / "predictions.csv", both, scores(seed=1), scores())
+    run = predictions.read(tmp_path / "predictions.csv")
+    order = np.argsort([f"T{8 + i}" for i in range(8)])
+    assert run.scores.tolist() == scores()[order].tolist()
+    assert run.labels.tolist() == np.array([0, 1] * 4)[order].tolist()
+    assert run.patients.tolist() == np.array([f"P{i // 2}" for i in range(8, 16)])[order].tolist()
+    assert set(run.thresholds) == {classification.choose_threshold(np.array([0, 1] * 4), scores(seed=1))}
+    predictions.write(tmp_path / "predictions.csv", parts(patients=False), scores(seed=1), scores())
+    assert predictions.read(tmp_path / "predictions.csv").patients is None
+
+
+def test_folds_are_merged_when_all_are_there(tmp_path):
+    """Two folds make one table once both are written; each tile keeps its own fold's threshold."""
+    for fold in range(2):
+        assert not (tmp_path / "predictions.csv").exists()
+        predictions.write(tmp_path / f"fold{fold}" / "predictions.csv", parts(start=100 * fold), scores(seed=fold) / 2,
+                          scores(seed=fold + 5), fold)
+        predictions.merge_folds(tmp_path, 2)
+    run = predictions.read(tmp_path / "predictions.csv")
+    assert len(run.ids) == 16
+    limits = [classification.choose_threshold(np.array([0, 1] * 4), scores(seed=fold) / 2) for fold in range(2)]
+    assert run.thresholds.tolist() == [limits[len(name) == 4] for name in run.ids]
+
+
+@pytest.mark.parametrize("bad", [np.array([.1, np.nan] * 4), np.array([.1, 1.5] * 4), np.full(7, .5)])
+def test_bad_scores_are_not_written(tmp_path, bad):
+    """NaN, a logit, a score too few: an error, and no file."""
+    with pytest.raises(ValueError):
+        predictions.write(tmp_path / "predictions.csv", parts(), scores(), bad)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("old", "new", "words"), [
+    ("id,label,score,split,patient", "id,label,score,split", "no column 'patient'"),
+    (",malignant,", ",mole,", "line 3: label 'mole'"),
+    (",test,", ",train,", "split 'train'"),
+    (",val,", ",test,", "no validation tiles"),
+    ("T9,malignant,", "T9,benign,", None),
+    ("T9,malignant,0.", "T9,malignant,nan0.", "score 'nan0"),
+    ("T9,malignant,0.", "T9,malignant,7.", "not a probability"),
+    ("\nT10,", "\nT9,", "test tile T9 is listed twice"),
+])
+def test_damaged_tables(tmp_path, old, new, words):
+    """A column missing, an unknown label or split, no validation, a score out of range, an id twice: named."""
+    path = tmp_path / "predictions.csv"
+    predictions.write(path, parts(), scores(seed=1), scores())
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    if words is None:
+        assert predictions.read(path).labels.sum() == 3
+    else:
+        with pytest.raises(ValueError, match=words):
+            predictions.read(path)
+
+
+def test_a_class_missing_is_named(tmp_path):
+    """Benign test tiles only: the file is named, no metric is made up."""
+    path = tmp_path / "predictions.csv"
+    predictions.write(path, parts(), scores(seed=1), scores())
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(line for line in lines if "malignant" not in line or ",val," in line))
+    with pytest.raises(ValueError, match=r"predictions\.csv: 4 tiles of one class only"):
+        predictions.read(path)
+
+
+def test_runs_of_other_tiles_are_refused(tmp_path):
+    """Two arms tested on different tiles, or on the same with other labels, may not be compared; nor may nothing."""
+    with pytest.raises(ValueError, match="run classify.py"):
+        predictions.read_runs(tmp_path)
+    predictions.write(tmp_path / "A1/seed0/predictions.csv", parts(), scores(seed=1), scores())
+    predictions.write(tmp_path / "A1/seed10/predictions.csv", parts(), scores(seed=1), scores())
+    predictions.write(tmp_path / "A1/seed2/predictions.csv", parts(), scores(seed=1), scores())
+    assert list(predictions.read_runs(tmp_path)["A1"]) == [0, 2, 10]
+    predictions.write(tmp_path / "S2/seed0/predictions.csv", parts(start=3), scores(seed=1), scores())
+    with pytest.raises(ValueError, match="S2/seed0 was tested on other tiles than A1/seed0"):
+        predictions.read_runs(tmp_path)

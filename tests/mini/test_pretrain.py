@@ -1,0 +1,170 @@
+"""`python -m lesion pretrain`: both stages run, resume to the bit, end in a folder that our loader and diffusers read."""
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lesion.describe import prompts
+from lesion.mini import check, pretrain
+from lesion.run import files
+from lesion.sd import checkpoint
+from lesion.sd.clip import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Twenty-four benign training tiles with sentences of the grammar, and a val tile that must not be read."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "images").mkdir()
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(25):
+        image = rng.normal([200, 150, 130], 10, (128, 128, 3)) - 80 * (np.hypot(*np.mgrid[-64:64, -64:64]) < 10 + i)[..., None]
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / "images" / f"{i}.png")
+        rows.append({"file_name": f"images/{i}.png", "label": "benign", "split": "val" if i == 24 else "train",
+                     "attributes": {"skin_tone": prompts.NAMES["skin_tone"][i % 6]},
+                     "text": prompts.to_sentence("benign", {"skin_tone": prompts.NAMES["skin_tone"][i % 6]})})
+    (folder / "images" / "24.png").write_bytes(b"a val tile is never opened")
+    files.write_manifest(folder, rows)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Few held-back tiles, one thread."""
+    monkeypatch.setattr(pretrain, "CHECK_TILES", 8)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run(stage, data, out, *more):
+    pretrain.main([str(a) for a in ("--stage", stage, "--data", data, "--out", out, "--batch-size", 2, "--steps", 4, "--warmup-steps", 2,
+                                    "--checkpoint-every", 2, *more)])
+
+
+def digests(folder):
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.suffix in (".safetensors", ".jsonl", ".png")
+    }
+
+
+def test_both_stages_resume_and_load(data, tmp_path, monkeypatch, capsys):
+    """4 steps equal 2 + resume + 2 to the bit in weights and log; the result loads as an SD 1.5 folder, here and in diffusers."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    monkeypatch.setattr("lesion.mini.unet.sample_sheet", lambda *_, **__: None)  # thirty sampling steps a checkpoint
+    for stage in ("vae", "unet"):
+        run(stage, data, whole)
+        run(stage, data, cut, "--stop-at", 2)
+        with pytest.raises(ValueError, match="give --resume"):
+            run(stage, data, cut)
+        run(stage, data, cut, "--resume")
+        assert {k: v for k, v in digests(whole).items() if "checkpoint" in k} == {
+            k: v for k, v in digests(cut).items() if "checkpoint" in k
+        }
+        assert (whole / f"{stage}.jsonl").read_bytes() == (cut / f"{stage}.jsonl").read_bytes()
+    for name in ("vae", "unet"):
+        ours, theirs = (folder / name / "diffusion_pytorch_model.safetensors" for folder in (whole, cut))
+        from safetensors.torch import load_file
+        a, b = load_file(ours), load_file(theirs)
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    sd = checkpoint.load(whole)
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    g = torch.Generator().manual_seed(0)
+    x, t, pixels = torch.randn(1, 4, 16, 16, generator=g), torch.tensor([500]), torch.rand(1, 3, 64, 64, generator=g) * 2 - 1
+    with torch.no_grad():
+        context = sd.text_encoder(sd.tokenizer(["a clinical photograph of a benign skin lesion"])[0])
+        reference = UNet2DConditionModel.from_pretrained(whole / "unet", torch_dtype=torch.float32)
+        torch.testing.assert_close(sd.unet(x, t, context), reference(x, t, context).sample, rtol=0, atol=1e-5)
+        reference = AutoencoderKL.from_pretrained(whole / "vae", torch_dtype=torch.float32)
+        torch.testing.assert_close(sd.vae.encode(pixels)[0], reference.encode(pixels).latent_dist.mean, rtol=0, atol=2e-4)
+
+
+    monkeypatch.setattr(check, "GUIDANCE", (1.0, 3.0))
+    monkeypatch.setattr(check, "TRIED", 4)
+    monkeypatch.setattr(check, "DRAWN", 12)
+    monkeypatch.setattr(check, "DRAW_STEPS", 2)
+    run("check", with_val(data, tmp_path / "val", 8), whole)
+    base = json.loads(capsys.readouterr().out.splitlines()[-1])["base"]
+    assert {base["steering_guidance"], base["kid_guidance"]} <= {1.0, 3.0}
+    assert base["steering"]["skin_tone"]["n"] == 12
+    assert base["real_vs_real"] < base["kid"] > 3 * base["kid_se"]  # four steps of training draw nothing like skin
+    assert Image.open(whole / "samples" / "check-base.png").width > 16 * 128
+
+
+def with_val(data, folder, count):
+    """A copy of the data set whose first `count` rows are split val, and where no tile is broken."""
+    shutil.copytree(data, folder, ignore=shutil.ignore_patterns(".cache"))
+    rows = files.read_manifest(data)
+    files.write_manifest(folder, [{**row, "split": "val" if i < count else "train"} for i, row in enumerate(rows) if i < 24])
+    return folder
+
+
+def test_latents_have_unit_scale(data, tmp_path):
+    """After the export 0.18215 times a training tile's latent mean has mean 0 and deviation 1 in every channel."""
+    run("vae", data, tmp_path)
+    from UNKNOWN import to_pixels
+
+    from lesion.mini.unet import load_vae
+    images, _ = pretrain.benign_training_tiles(data, 128)
+    with torch.no_grad():
+        mean, _ = load_vae(tmp_path).encode(to_pixels(images[:-8]))
+    latents = 0.18215 * mean
+    assert latents.mean((0, 2, 3)).abs().max() < 0.05
+    assert (latents.std((0, 2, 3)) - 1).abs().max() < 0.05
+
+
+def test_vocabulary_covers_the_grammar(tmp_path):
+    """Every sentence of the grammar is at most 77 tokens, every word of it one token; other text still has tokens."""
+    from lesion.mini.unet import vocabulary_words, write_tokenizer
+    size = write_tokenizer(tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    everything = {name: list(values[1:]) if prompts.VOCABULARY[name].many else values[0] for name, values in prompts.NAMES.items()}
+    everything["other_colors"] = [c for c in prompts.NAMES["color"] if c != everything["color"]]
+    sentence = prompts.to_sentence("malignant", everything)
+    token_ids, cut = tokenizer([sentence, "Größe 12 µm?"])
+    assert cut == ["", ""]
+    assert token_ids.max() < size
+    words = [w for w in vocabulary_words() if w.isalpha()]
+    assert all(len(tokenizer.clip(word, add_special_tokens=False).input_ids) == 1 for word in words)
+    assert tokenizer.clip.decode(tokenizer.clip(sentence, add_special_tokens=False).input_ids).replace(" ", "") == sentence.replace(" ", "")
+
+
+def test_only_benign_training_tiles(data, tmp_path):
+    """Too few tiles, or a missing first stage, is one clear line."""
+    few = tmp_path / "few"
+    shutil.copytree(data, few, ignore=shutil.ignore_patterns(".cache"))
+    rows = files.read_manifest(few)
+    files.write_manifest(few, [{**row, "label": "malignant"} if i > 3 else row for i, row in enumerate(rows)])
+    with pytest.raises(ValueError, match="has 4 benign training tiles; at least 16"):
+        run("vae", few, tmp_path / "out")
+    with pytest.raises(ValueError, match="run --stage vae first"):
+        run("unet", data, tmp_path / "out")
+
+
+def test_measures():
+    """PSNR of a constant error e is 20 log10(255 / e); the high-frequency ratio of a picture with itself is 1, of its blur small."""
+    image = np.full((1, 64, 64, 3), 100, np.uint8)
+    assert pretrain.psnr(image, image + 10) == pytest.approx(20 * np.log10(25.5))
+    noise = np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3)).astype(np.uint8)
+    assert pretrain.high_frequency_ratio(noise, noise) == pytest.approx(1)
+    blurred = np.stack([np.asarray(Image.fromarray(i).resize((8, 8)).resize((64, 64))) for i in noise])
+    assert pretrain.high_frequency_ratio(noise, blurred) < 0.05
+
+
+def test_check(data, tmp_path, capsys):
+    """--stage check reports the autoencoder beside the bicubic baseline, on split val alone."""
+    run("vae", data, tmp_path / "out")
+    run("check", with_val(data, tmp_path / "val", 4), tmp_path / "out")
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])["autoencoder"]
+    assert result["tiles"] == 4
+    assert result["bicubic_8x"]["psnr_db"] > 20
+    assert set(result["vae"]) == {"psnr_db", "psnr_color_db", "high_frequency"}
+    assert (tmp_path / "out" / "samples" / "check-vae.png").is_file()

@@ -1,0 +1,131 @@
+"""evaluate.py on a classifier run: the report's words follow from its numbers; bad input overwrites nothing."""
+import json
+
+import numpy as np
+import pytest
+
+import evaluate
+from lesion.classify import predictions
+from lesion.classify.arms import CONTRASTS, Parts
+from lesion.report import classification
+from lesion.run import files
+from lesion.stats import comparison
+
+
+def write_run(folder, gains: dict, seeds=2, malignant=40, benign=200, shift=None, data_rows=None):
+    """A run folder of made-up predictions: gains is {arm: how much better it separates the classes}."""
+    rng = np.random.default_rng(0)
+    rows = data_rows or [{"file_name": f"images/T{i:04d}.jpg", "isic_id": f"T{i:04d}", "patient_id": f"P{i // 2}",
+                          "label": "malignant" if i % (benign // malignant + 1) == 0 else "benign"}
+                         for i in range(2 * (malignant + benign))]
+    half = len(rows) // 2
+    parts = Parts([], rows[:half], rows[half:], False)
+    labels = np.array([row["label"] == "malignant" for row in rows])
+    common = rng.normal(size=len(rows))
+    for arm, gain in gains.items():
+        for seed in range(seeds):
+            logits = (1 + gain) * labels - 1.5 + common + 0.2 * rng.normal(size=len(rows)) + (shift or {}).get(arm, 0)
+            scores = 1 / (1 + np.exp(-logits))
+            predictions.write(folder / arm / f"seed{seed}" / "predictions.csv", parts, scores[:half], scores[half:])
+    return rows
+
+
+def results_of(folder):
+    return comparison.analyse(predictions.read_runs(folder), CONTRASTS, resamples=300) | {"run": {}}
+
+
+@pytest.mark.parametrize(("gain", "word"), [(2.0, "Supported"), (0.0, "Not distinguishable"), (-2.0, "Harmful")])
+def test_headline_follows_the_numbers(tmp_path, gain, word):
+    """Planted gain, no difference, planted loss: supported, not distinguishable, harmful, with the numbers."""
+    write_run(tmp_path, {"O1": 0.0, "S2": gain})
+    results = results_of(tmp_path)
+    text = classification.finding(results)
+    assert text.startswith(word)
+    assert f"{abs(results['contrasts'][0]['metrics']['auroc']['difference']):.3f}" in text
+    assert ("would be found four times in five" in text) == (gain == 0)
+
+
+def test_headline_never_claims_without_the_control(tmp_path):
+    """Without O1 the gain could be the class balance, and the text says so; without a contrast nothing is claimed."""
+    write_run(tmp_path / "a", {"A1": 0.0, "S2": 2.0})
+    assert "O1, the control for the changed class balance, was not run" in classification.finding(
+        results_of(tmp_path / "a"))
+    write_run(tmp_path / "b", {"B0": 0.0, "W1": 2.0})
+    assert "nothing is claimed" in classification.finding(results_of(tmp_path / "b"))
+
+
+def test_shifted_threshold_is_called_so(tmp_path):
+    """Scores raised without better ranking: more recall at .5, less specificity; said to be a shifted threshold."""
+    write_run(tmp_path, {"O1": 0.0, "S2": 0.0}, shift={"S2": 1.5})
+    text = " ".join(classification.remarks(results_of(tmp_path)))
+    assert "at 0.5" in text
+    assert "a shifted threshold, not a better classifier" in text
+    assert "at the chosen threshold (recall" not in text
+
+
+def test_limits_are_said(tmp_path):
+    """One seed, few malignant tiles, arms not run, notes of the run: each is said."""
+    write_run(tmp_path, {"O1": 0.0, "S2": 0.0}, seeds=1)
+    text = " ".join(classification.limits(results_of(tmp_path) | {"run": {"notes": ["something odd"]}}))
+    for words in ("single training seed", "40 malignant test tiles", "Not run: B0, A1, W1 and S2w.", "Something odd."):
+        assert words in text
+
+
+def test_report_from_predictions_alone(tmp_path, run_script):
+    """Six arms, subgroups from the data set, all files written, figures embedded; made again, the same bytes."""
+    gains = {"B0": -0.5, "A1": 0.0, "W1": 0.1, "S2": 0.2, "S2w": 0.2, "O1": 0.1}
+    rows = write_run(tmp_path / "run", gains)
+    for number, row in enumerate(rows):
+        row |= {"attributes": {"skin_tone": ("light", "dark")[number % 7 == 0]}, "split": "test",
+                "metadata": {"tbp_tile_type": "3D: XP"}}
+    (tmp_path / "data").mkdir()
+    files.write_manifest(tmp_path / "data", rows)
+    arguments = ["--classify", tmp_path / "run", "--data", tmp_path / "data", "--out", tmp_path / "report"]
+    result = run_script("evaluate.py", *arguments)
+    assert result.returncode == 0, result.stderr
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.count("data:image/svg+xml;base64,") == 4
+    for words in ("0.65", "O1 → S2", "p (Holm)", "skin tone", "3D: XP", "too few", "McNemar", "W1"):
+        assert words in page
+    numbers = json.loads((tmp_path / "report" / "results.json").read_text())["classification"]
+    assert set(numbers["arms"]) == set(gains)
+    assert {row["group"]: row["n"] for row in numbers["subgroups"]} == {"dark": 34, "light": 206, "3D: XP": 240}
+    assert {path.name for path in (tmp_path / "report" / "figures").iterdir()} == {
+        f"{stem}.{ending}" for stem in ("contrasts", "curves", "confusion", "calibration") for ending in ("png", "svg")}
+    before = {path: path.read_bytes() for path in (tmp_path / "report").rglob("*.*")}
+    evaluate.main([str(argument) for argument in arguments])
+    assert {path: path.read_bytes() for path in (tmp_path / "report").rglob("*.*")} == before
+
+
+@pytest.mark.parametrize(("spoil", "words"), [
+    (lambda run, data: (run / "S2/seed0/predictions.csv").write_text("id,label\n"), "no column 'score'"),
+    (lambda run, data: files.write_manifest(data, [{"file_name": "images/other.jpg", "label": "benign"}]),
+     "predictions of another data set"),
+    (lambda run, data: [path.unlink() for path in run.rglob("predictions.csv")], "run classify.py"),
+])
+def test_bad_input_overwrites_nothing(tmp_path, spoil, words):
+    """A torn table, another data set's predictions, none at all: one line, and the earlier report stays."""
+    run, data, out = tmp_path / "run", tmp_path / "data", tmp_path / "report"
+    files.write_manifest(data, write_run(run, {"A1": 0.0, "S2": 0.5}, seeds=1))
+    (out / "figures").mkdir(parents=True)
+    (out / "report.html").write_text("earlier")
+    spoil(run, data)
+    with pytest.raises(ValueError, match=words):
+        evaluate.main(["--classify", str(run), "--data", str(data), "--out", str(out)])
+    assert (out / "report.html").read_text() == "earlier"
+    assert [path.name for path in out.rglob("*.*")] == ["report.html"]
+
+
+def test_nothing_to_report():
+    """Without a folder to report on: which flag to give."""
+    with pytest.raises(ValueError, match="give --classify"):
+        evaluate.main([])
+
+
+def test_arms_of_other_tests_do_not_mix(tmp_path):
+    """A run among the others that was tested on other tiles is named."""
+    write_run(tmp_path, {"A1": 0.0}, seeds=1)
+    write_run(tmp_path, {"S2": 0.0}, seeds=1, malignant=20)
+    with pytest.raises(ValueError, match="S2/seed0 was tested on other tiles than A1/seed0"):
+        evaluate.main(["--classify", str(tmp_path), "--out", str(tmp_path / "report")])
+    assert not (tmp_path / "report").exists()

@@ -1,0 +1,95 @@
+"""The pictures section through evaluate.py: complete, honest in words, one line for bad input, copies dropped."""
+import json
+
+import numpy as np
+import picture_tiles
+import pytest
+
+from lesion.report import pictures
+from lesion.run import files
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, run_script):
+    """evaluate.py run on a small set with five planted copies among 25 tiles: (its process, the folder)."""
+    root = tmp_path_factory.mktemp("report")
+    training = picture_tiles.write_data(root / "data")
+    copies = np.rot90(training["malignant"][:5], 1, (1, 2))
+    images = np.concatenate([picture_tiles.blobs(np.random.default_rng(1), 20, True), copies])
+    picture_tiles.write_synthetic(root / "phase-1", images)
+    done = run_script("evaluate.py", "--data", root / "data", "--synthetic", root / "phase-1", "--out", root / "report",
+                      "--drop-copies", root / "kept", timeout=900)
+    return done, root
+
+
+def test_the_report_is_whole(made):
+    """Every figure is embedded, every table is there, the numbers are in results.json, the finding is printed."""
+    done, root = made
+    assert done.returncode == 0, done.stderr
+    page = (root / "report" / "report.html").read_text()
+    assert page.count("data:image/svg+xml") == 5  # tiles, two maps, worst, attributes
+    for words in ("KID", "FID at n = 20", "untrained wavelet scattering", "three-sample", "Skin tone", "one distribution",
+                  "asked for no attributes", "mix in a t-SNE map prove nothing"):
+        assert words in page
+    results = json.loads((root / "report" / "results.json").read_text())["pictures"]
+    assert results["copies"]["sets"][0]["copies"] >= 5
+    assert results["fidelity"]["sets"][0]["name"] == "phase-1"
+    assert "phase-1: the 25 tiles" in done.stdout
+    assert "called copies of a training tile" in done.stdout
+
+
+def test_dropped_copies_make_a_new_set(made):
+    """DIR/phase-1 lacks the five copies and has the provenance that classify.py asks for; the old set is untouched."""
+    _, root = made
+    rows = files.read_manifest(root / "kept" / "phase-1")
+    assert not {f"{i:05d}.png" for i in range(20, 25)} & {row["file_name"] for row in rows}
+    assert len(rows) >= 18
+    assert (root / "kept" / "phase-1" / "provenance.json").is_file()
+    assert len(files.read_manifest(root / "phase-1")) == 25
+
+
+def test_features_of_other_images_end_in_one_line(made, run_script):
+    """A feature cache put in another's place: exit code 2, one line, and the old report stays."""
+    _, root = made
+    cached = sorted((root / "data" / ".cache").glob("features-*.npz"))
+    kept = cached[0].read_bytes()
+    before = (root / "report" / "report.html").read_bytes()
+    cached[0].write_bytes(cached[1].read_bytes())
+    done = run_script("evaluate.py", "--data", root / "data", "--synthetic", root / "phase-1", "--out", root / "report",
+                      timeout=900)
+    cached[0].write_bytes(kept)
+    assert done.returncode == 2
+    assert "features of other images" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert (root / "report" / "report.html").read_bytes() == before
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--synthetic", "nowhere"], "give --data"),
+    (["--study", "x", "--drop-copies", "y"], "give --synthetic"),
+    (["--synthetic", "nowhere", "--data", "nowhere"], "not a prepared data set"),
+    ([], "nothing to report"),
+])
+def test_bad_flags_end_in_one_line(run_script, flags, said):
+    """Exit code 2 and one line that says what is missing."""
+    done = run_script("evaluate.py", *flags)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def row(name, auc, p):
+    return {"name": name, "n": 50, "against_real": {"auc": auc, "low": auc - 0.05, "high": auc + 0.05, "p": p}}
+
+
+def test_the_finding_says_no_more_than_the_numbers():
+    """Told apart only where p says so; copies beside the 1 % of real tiles; no copies claimed where none were
+    sought."""
+    results = {"fidelity": {"sets": [row("a", 0.9, 0.002), row("b", 0.52, 0.3), row("held-out real malignant", 0.5, 0.5)]},
+               "copies": {"sets": [{"name": "a", "copies": 3, "mean": 0.06, "low": 0.01, "high": 0.17}]}}
+    text = "\n".join(pictures.findings(results)).replace("\u00a0", " ")
+    assert "a: the 50 tiles are told from real ones (two-sample AUC 0.90 [0.85, 0.95], p .002); 3 are called copies" in text
+    assert "b: the 50 tiles are not told from real ones here" in text
+    assert text.count("copies") == 1
+    assert "Held-out real tiles against the same training tiles: AUC 0.50" in text
+    assert "copies" not in "".join(pictures.findings(results | {"copies": None}))

@@ -1,0 +1,169 @@
+"""What is compared with what: sets, leaks, planted copies found and dropped, adherence, learning curves."""
+import numpy as np
+import picture_tiles
+import pytest
+
+from lesion.classify import network
+from lesion.describe.prompts import NAMES
+from lesion.report import sets
+from lesion.run import files
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A prepared set and two synthetic ones: `fresh` (25 unseen tiles), `copied` (20 unseen, 5 turned training
+    tiles)."""
+    root = tmp_path_factory.mktemp("pictures")
+    training = picture_tiles.write_data(root / "data")
+    rng = np.random.default_rng(1)
+    picture_tiles.write_synthetic(root / "fresh", picture_tiles.blobs(rng, 25, True))
+    copies = np.rot90(training["malignant"][:5], 1, (1, 2))
+    picture_tiles.write_synthetic(root / "copied", np.concatenate([picture_tiles.blobs(rng, 20, True), copies]), "ef" * 32)
+    return root
+
+
+@pytest.fixture(scope="module")
+def material(world):
+    return sets.gather([world / "fresh", world / "copied"], world / "data")
+
+
+def test_sets_are_what_they_say(material):
+    """Real = the class's training tiles, held out = val of the class, calibration = val of all classes, names =
+    folders."""
+    assert (len(material.real.rows), len(material.held_out.rows), len(material.training.rows)) == (40, 12, 100)
+    assert len(material.calibration.rows) == 202
+    assert [part.name for part in material.synthetic] == ["fresh", "copied"]
+    assert {row["split"] for row in material.calibration.rows} == {"val"}
+    assert {row["label"] for row in material.real.rows} == {"malignant"}
+    assert len(material.real.features) == 40
+
+
+def test_copies_are_counted_one_by_one(material):
+    """The five turned training tiles of `copied` are called copies, each of its own origin; hardly any other is."""
+    results, found = sets.judge_copies(material)
+    assert found["copied"].is_copy[20:].all()
+    assert found["copied"].is_copy[:20].sum() <= 1
+    origin = found["copied"].pixels.index[20:]
+    assert [material.training.rows[i]["label"] for i in origin] == ["malignant"] * 5
+    np.testing.assert_array_equal(material.training.images[origin], material.real.images[:5])
+    by_name = {row["name"]: row for row in results["sets"]}
+    assert by_name["copied"]["copies"] == found["copied"].is_copy.sum()
+    assert by_name["copied"]["low"] < by_name["copied"]["mean"] < by_name["copied"]["high"]
+    assert by_name["copied"]["three_sample"]["z"] < by_name["fresh"]["three_sample"]["z"]
+    assert by_name["fresh"]["held_out"] == 12
+
+
+def test_a_baseline_classifier_compares_sets_but_finds_no_copies(world):
+    """RUN/B0/seed0 is preferred to scattering where sets are compared; copies are not sought with what was fitted to the training
+    tiles. Features that are not the same for all views (ImageNet's; here the classifier's in its place) are searched in all eight: the
+    five turned training tiles are at feature distance 0 of their origin."""
+    place = world / "run" / "B0" / "seed0"
+    place.mkdir(parents=True)
+    network.save(place / "model.safetensors", network.build("resnet18", "none", 0), "resnet18", 64)
+    material = sets.gather([world / "copied"], world / "data", world / "run")
+    assert "B0" in material.extractor.sentence
+    assert material.copy_extractor.name == "scattering"
+    assert material.training.features.shape != material.training.copy_features.shape
+    assert sets.judge_copies(material)[0]["features"] == "scattering"
+    material.copy_extractor = material.extractor
+    for tiles in (material.real, material.held_out, material.training, material.calibration, *material.synthetic):
+        tiles.copy_features = tiles.features
+    results, found = sets.judge_copies(material)
+    assert results["sets"][0]["by_features"] >= 5
+    assert found["copied"].features.relative[20:].max() < 1e-3
+    np.testing.assert_array_equal(material.training.images[found["copied"].features.index[20:]],
+                                  material.real.images[:5])
+
+
+def test_fidelity_has_its_floor_and_ceiling(material):
+    """One row a set and one for the held-out tiles; tiles of one distribution are not told apart, KID within 4 s.e. of
+    0, and FID is given at the n of the floor, or not at all."""
+    results = sets.judge_fidelity(material)
+    fresh, _, held_out = results["sets"]
+    assert results["floor"]["n"] == 20
+    assert held_out["name"] == "held-out real malignant"
+    assert held_out["fid"] is None
+    assert fresh["fid"] == pytest.approx(results["floor"]["fid"], rel=0.5)
+    assert abs(fresh["kid"]) < 4 * fresh["kid_se"]
+    assert fresh["against_real"]["low"] < 0.6
+    assert fresh["against_other"]["auc"] > 0.9  # the other class is another colour
+
+
+def test_a_generator_that_saw_held_out_tiles_is_refused(world, tmp_path):
+    """By hash and by patient, naming how many; a folder without provenance is accepted with a note."""
+    held = [row for row in files.read_manifest(world / "data") if row["split"] == "val"]
+    images = picture_tiles.blobs(np.random.default_rng(2), 12, True)
+    for leak in ({"file_name": "x.jpg", "sha256": held[0]["sha256"], "patient_id": None},
+                 {"file_name": "x.jpg", "sha256": "00", "patient_id": held[0]["patient_id"]}):
+        picture_tiles.write_synthetic(tmp_path / "leaky", images, train_files=[leak])
+        with pytest.raises(ValueError, match="held-out tiles or their patients") as error:
+            sets.gather([tmp_path / "leaky"], world / "data")
+        assert "\n" not in str(error.value)
+    (tmp_path / "leaky" / "provenance.json").unlink()
+    assert "no provenance.json" in sets.gather([tmp_path / "leaky"], world / "data").notes[0]
+
+
+def test_sets_that_cannot_be_compared_are_refused(world, tmp_path):
+    """Another class, another size, a class the data set lacks, too few held-out tiles: one line each."""
+    images = picture_tiles.blobs(np.random.default_rng(3), 12, True)
+    picture_tiles.write_synthetic(tmp_path / "benign", images, label="benign")
+    picture_tiles.write_synthetic(tmp_path / "odd", images, label="odd")
+    picture_tiles.write_synthetic(tmp_path / "large", images, resolution=128)
+    for folders, said in (([world / "fresh", tmp_path / "benign"], "more than one class"),
+                          ([world / "fresh", tmp_path / "large"], "more than one size"), ([tmp_path / "odd"], "no training tile")):
+        with pytest.raises(ValueError, match=said):
+            sets.gather(folders, world / "data")
+    rows = files.read_manifest(world / "data")
+    few = tmp_path / "few"
+    (few / "images").mkdir(parents=True)
+    kept = [row for row in rows if row["split"] == "train"] + [row for row in rows if row["split"] == "val"][:50]
+    for row in kept:
+        (few / row["file_name"]).write_bytes((world / "data" / row["file_name"]).read_bytes())
+    files.write_manifest(few, kept)
+    with pytest.raises(ValueError, match="199 are needed"):
+        sets.judge_copies(sets.gather([world / "fresh"], few))
+
+
+def test_exact_repetitions_do_not_hide_copies(material):
+    """A training tile that stands there six times is searched once."""
+    images = np.concatenate([material.real.images[:3], material.real.images[:1].repeat(5, 0)])
+    assert sets._first_of_each(images).tolist() == [0, 1, 2]
+
+
+def test_adherence_pairs_asked_with_measured():
+    """Sizes asked and diameters measured in step give 1; tiles without the wish or without a lesion are left out."""
+    values = NAMES["size"]
+    rows = [{"attributes": {"size": values[i % 5]}} for i in range(30)] + [{"attributes": {}}]
+    measured = [{"diameter_mm": 2.0 + i % 5, "confidence": {"mask": 0.9 if i < 25 else 0.0}} for i in range(31)]
+    row = sets.adherence("size", rows, measured)
+    assert row["n"] == 25
+    assert row["mean"] == pytest.approx(1)
+    tones = [{"attributes": {"skin_tone": tone}} for tone in NAMES["skin_tone"]] * 3
+    light_to_dark = [{"ita": angle, "confidence": {}} for angle in (60, 50, 35, 20, 0, -50)] * 3
+    assert sets.adherence("skin_tone", tones, light_to_dark)["mean"] == pytest.approx(1)
+    assert sets.adherence("edge", tones, light_to_dark)["mean"] is None
+
+
+def test_learning_curves_find_the_checkpoint_of_each_set(material, tmp_path):
+    """A set drawn with the LoRA of step 400 (by SHA-256) puts its copies at step 400; the least loss is marked."""
+    run = tmp_path / "phase-1"
+    files.write_jsonl(run / "metrics.jsonl", [{"step": 1, "loss": 0.2}, {"step": 200, "val_loss": 0.15},
+                                              {"step": 400, "val_loss": 0.12}, {"step": 600, "val_loss": 0.14}])
+    files.write_bytes(run / "checkpoints" / "lora-000400.safetensors", b"weights of step 400")
+    lora = files.sha256_file(run / "checkpoints" / "lora-000400.safetensors")
+    rates = {"sets": [{"mean": 0.1, "low": 0.05, "high": 0.2}, {"mean": 0.3, "low": 0.2, "high": 0.4}]}
+    old = [row["lora_sha256"] for row in material.synthetic[1].rows]
+    try:
+        for row in material.synthetic[1].rows:
+            row["lora_sha256"] = lora
+        curve, = sets.judge_training([run], material, rates)
+    finally:
+        for row, value in zip(material.synthetic[1].rows, old):
+            row["lora_sha256"] = value
+    assert curve["best"] == 400
+    assert curve["copies"] == [(400, 0.3, 0.2, 0.4)]
+    files.write_jsonl(run / "metrics.jsonl", [{"step": 1, "loss": 0.2}])
+    with pytest.raises(ValueError, match="no validation loss"):
+        sets.judge_training([run], material, None)
+    with pytest.raises(ValueError, match="not a run folder"):
+        sets.judge_training([tmp_path], material, None)

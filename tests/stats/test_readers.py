@@ -1,0 +1,274 @@
+"""Reader-study statistics: the published counts, closed forms, references, and simulated readers whose d' is known."""
+import itertools
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn.metrics import cohen_kappa_score, roc_auc_score
+
+from lesion.stats import inference
+from lesion.stats import readers as reader_study
+from lesion.stats.readers import jackknife, pool, sensitivity, simulate, tost
+
+
+def ratings_from(hits, signals, false_alarms, noises):
+    """One reader's ratings with these counts, 4 for "real" and 3 for "synthetic"."""
+    ratings = np.repeat([4, 3, 4, 3], [hits, signals - hits, false_alarms, noises - false_alarms])
+    return ratings[None], np.repeat([True, False], [signals, noises])
+
+
+# ------------------------------------------------------------------------------------- one reader
+
+def test_the_published_counts():
+    """133 of 200 real and 99 of 200 synthetic right: raw d' .414 and c -.219, accuracy .58 with p = .0016, and the
+    verdict is not chance. The log-linear correction, which the pooled estimate uses, gives .411 and -.218 instead."""
+    assert np.round(sensitivity(133, 200, 101, 200, "none"), 3).tolist() == [0.414, -0.219]
+    assert np.round(sensitivity(133, 200, 101, 200), 3).tolist() == [0.411, -0.218]
+    results = reader_study.analyse(["all"], *ratings_from(133, 200, 101, 200))
+    total = results["total"]
+    assert (round(total["d_prime"], 3), round(total["criterion"], 3)) == (0.414, -0.219)
+    assert (total["accuracy"], round(total["p"], 4)) == (0.58, 0.0016)
+    assert "better than by guessing" in results["verdict"]
+    assert "could not tell" not in results["verdict"]
+
+
+def test_sensitivity_against_the_normal_model():
+    """H = Phi(d'/2 - c), F = Phi(-d'/2 - c) of large counts give d' and c back; without a correction 0 and 1 are
+    refused."""
+    n = 10 ** 7
+    for d, c in itertools.product((-1.0, 0.0, 0.5, 3.0), (-0.7, 0.0, 1.2)):
+        hits, false_alarms = n * stats.norm.cdf(d / 2 - c), n * stats.norm.cdf(-d / 2 - c)
+        assert np.allclose(sensitivity(hits, n, false_alarms, n), (d, c), atol=1e-4)
+    assert np.isfinite(sensitivity(20, 20, 0, 20)).all()
+    with pytest.raises(ValueError, match="use 'loglinear'"):
+        sensitivity(20, 20, 3, 20, "none")
+
+
+def test_loglinear_d_prime_is_nearly_unbiased():
+    """Exact expectation over the binomials: at 20 + 20 tiles the bias is under 2 % up to d' = 2, under 4 % at 3."""
+    counts = np.arange(21)
+    for d, most in ((0.0, 1e-12), (0.414, 0.02), (1.0, 0.02), (2.0, 0.02), (3.0, 0.04)):
+        chance = np.outer(stats.binom.pmf(counts, 20, stats.norm.cdf(d / 2)),
+                          stats.binom.pmf(counts, 20, stats.norm.cdf(-d / 2)))
+        expected = (chance * sensitivity(counts[:, None], 20, counts[None, :], 20)[0]).sum()
+        assert abs(expected - d) <= most * max(d, 1)
+
+
+def test_standard_error_of_d_prime():
+    """The closed form agrees with the exact standard deviation of the estimator over the binomials, 200 tiles a
+    class."""
+    counts = np.arange(201)
+    for d in (0.0, 0.4, 1.5):
+        p = stats.norm.cdf(d / 2), stats.norm.cdf(-d / 2)
+        chance = np.outer(stats.binom.pmf(counts, 200, p[0]), stats.binom.pmf(counts, 200, p[1]))
+        values = sensitivity(counts[:, None], 200, counts[None, :], 200)[0]
+        sd = np.sqrt((chance * values ** 2).sum() - (chance * values).sum() ** 2)
+        se = reader_study.sensitivity_se(round(200 * p[0]), 200, round(200 * p[1]), 200)
+        assert abs(se / sd - 1) < 0.03
+
+
+def test_guessing_is_half_right_whatever_the_habit():
+    """Equal classes: p is the plain binomial against .5. A reader who stopped early is held to a guesser's own
+    share."""
+    assert reader_study.guessing_p(232, 200, 200, 234) == (stats.binomtest(232, 400, 0.5).pvalue, 0.5)
+    p, chance = reader_study.guessing_p(15, 15, 5, 20)  # "real" to everything, with 15 of 20 real
+    assert chance == 0.75
+    assert p == 1.0
+
+
+def test_roc_area_matches_scikit_learn_and_delong():
+    """The area is the Mann-Whitney statistic with ties; its interval is DeLong's; perfect readers get an open
+    interval."""
+    rng = np.random.default_rng(0)
+    ratings, is_real = simulate(rng, 1, 30, 0.8)
+    area, low, high = reader_study.roc_area(ratings[0], is_real)
+    assert np.isclose(area, roc_auc_score(is_real, ratings[0]))
+    se = np.sqrt(inference.delong(is_real.astype(int), ratings.astype(float))[1][0, 0])
+    assert np.allclose([low, high], [area - 1.959964 * se, area + 1.959964 * se], atol=1e-6)
+    area, low, high = reader_study.roc_area(np.where(is_real, 6, 1), is_real)
+    assert (area, high) == (1.0, 1.0)
+    assert 0.85 < low < 0.99
+
+
+# ------------------------------------------------------------------------------------- all readers
+
+def test_jackknife_is_leaving_out_and_counting_again():
+    """Every figure with a tile left out equals the figure computed from the rest, unanswered tiles included."""
+    rng = np.random.default_rng(1)
+    ratings, is_real = simulate(rng, 3, 8, 0.7, 0.2)
+    ratings[1, [0, 5, 12]] = 0
+    found = jackknife(ratings, is_real)
+    for reader, tile in itertools.product(range(3), range(16)):
+        rest = np.arange(16) != tile
+        r, real = ratings[reader, rest], is_real[rest]
+        seen = r > 0
+        counts = [(seen & kind & (r >= low)).sum() for kind in (real, ~real) for low in (4, 0)]
+        d, c = sensitivity(*counts)
+        expected = {"d_prime": d, "criterion": c, "area": roc_auc_score(real[seen], r[seen]),
+                    "real_rate": counts[0] / counts[1], "synthetic_rate": 1 - counts[2] / counts[3]}
+        expected["correct"] = (expected["real_rate"] + expected["synthetic_rate"]) / 2
+        for name, value in expected.items():
+            assert np.isclose(found[name][1][reader, tile], value), name
+
+
+def test_pooling_by_hand():
+    """Two readers, four tiles, numbers worked out on paper: Cov2, MS(R), se, and Hillis' degrees of freedom."""
+    figures = np.array([1.0, 2.0])
+    without = np.array([[1.0, 1.2, 0.9, 1.1], [2.0, 2.4, 1.9, 2.3]])
+    pooled = pool(figures, without, np.array([True, True, False, False]))
+    # shifts +-.1 and +-.1 (reader 1), +-.2 and +-.2 (reader 2); (n-1)/n = 1/2: S11 = .02, S22 = .08, S12 = .04
+    assert np.isclose(pooled.estimate, 1.5)
+    assert np.isclose(pooled.se, np.sqrt((0.5 + 2 * 0.04) / 2))
+    assert np.isclose(pooled.df, (0.5 + 0.08) ** 2 / 0.5 ** 2)
+    assert np.isclose(pooled.reader_sd, np.sqrt(0.5 - (0.05 - 0.04)))
+    assert np.isclose(pooled.high - pooled.estimate, stats.t.ppf(0.975, pooled.df) * pooled.se)
+
+
+def test_pooled_area_of_one_reader_has_delongs_error():
+    """With one reader the jackknife over tiles is DeLong's variance (they agree exactly for Mann-Whitney areas)."""
+    ratings, is_real = simulate(np.random.default_rng(2), 1, 25, 0.6)
+    pooled = pool(*jackknife(ratings, is_real)["area"], is_real)
+    variance = inference.delong(is_real.astype(int), ratings.astype(float))[1][0, 0]
+    assert np.isclose(pooled.se ** 2, variance)
+
+
+@pytest.mark.parametrize(("readers", "count", "d", "reader_sd", "tile_sd"), [
+    (5, 20, 0.5, 0.2, 0.4), (5, 20, 1.0, 0.4, 0.5), (8, 40, 0.414, 0.2, 0.5)])
+def test_simulated_readers_are_recovered(readers, count, d, reader_sd, tile_sd):
+    """Crossed readers and tiles of known mean d' and c: no bias beyond 3 Monte-Carlo errors and the correction's 2 %,
+    and the 95 % intervals of d' and c hold the truth in at least 92.5 % of 400 studies."""
+    rng = np.random.default_rng([3, readers])
+    estimates, held = [], np.zeros(2)
+    for _ in range(400):
+        ratings, is_real = simulate(rng, readers, count, d, 0.2, reader_sd, tile_sd)
+        figures = jackknife(ratings, is_real)
+        both = [pool(*figures[name], is_real) for name in ("d_prime", "criterion")]
+        estimates.append([pooled.estimate for pooled in both])
+        held += [pooled.low <= truth <= pooled.high for pooled, truth in zip(both, (d, 0.2), strict=True)]
+    means, errors = np.mean(estimates, 0), np.std(estimates, 0) / 20
+    assert (np.abs(means - [d, 0.2]) < 3 * errors + [0.02 * d, 0.004]).all()
+    assert (held / 400 >= 0.925).all()
+
+
+def test_intervals_that_ignore_tiles_would_be_too_short():
+    """What the crossed model is for: with tiles shared by readers, a t interval over readers alone holds the truth in
+    far fewer studies than 95 %, ours does not (so the test above can fail)."""
+    rng = np.random.default_rng(4)
+    ours = alone = 0
+    for _ in range(300):
+        ratings, is_real = simulate(rng, 10, 10, 0.5, tile_sd=0.8)
+        values = jackknife(ratings, is_real)["d_prime"]
+        pooled = pool(*values, is_real)
+        ours += pooled.low <= 0.5 <= pooled.high
+        half = stats.t.ppf(0.975, 9) * values[0].std(ddof=1) / np.sqrt(10)
+        alone += abs(values[0].mean() - 0.5) <= half
+    assert ours / 300 >= 0.925
+    assert alone / 300 < 0.8
+
+
+def test_kappa_against_scikit_learn_and_fleiss_own_example():
+    """Cohen's kappa equals scikit-learn's; Fleiss 1971's 30 patients, 6 psychiatrists, 5 diagnoses give .430."""
+    rng = np.random.default_rng(5)
+    first, second = rng.integers(0, 2, (2, 40))
+    assert np.isclose(reader_study.cohen_kappa(first, second), cohen_kappa_score(first, second))
+    assert reader_study.cohen_kappa(np.ones(5), np.ones(5)) is None
+    table = ("00060 03003 01401 00006 03030 20400 00402 20310 20040 00006 10050 11040 03300 10050 02031 "
+             "00501 30012 51000 02040 10203 00006 01050 02013 20040 10041 05010 40002 02040 10500 00006")
+    counts = np.array([[int(count) for count in row] for row in table.split()])
+    assert round(reader_study.fleiss_kappa(counts), 3) == 0.430
+
+
+# ------------------------------------------------------------------------------------- equivalence
+
+def test_tost_closed_forms():
+    """At the margin the larger one-sided p is 1/2; df = inf is the normal test; power is what the normal formula
+    says."""
+    assert np.isclose(tost(0.5, 0.1, 20, 0.5), 0.5)
+    assert np.isclose(tost(0.1, 0.2, np.inf, 0.5), stats.norm.sf(2.0))
+    assert np.isclose(tost(-0.1, 0.2, np.inf, 0.5), stats.norm.sf(2.0))
+    assert np.isclose(reader_study.tost_power(0.15, np.inf), 2 * stats.norm.cdf(0.5 / 0.15 - 1.644854) - 1)
+    assert reader_study.tost_power(0.4, 38) == 0.0  # one reader, 20 + 20 tiles: equivalence is out of reach
+
+
+def test_tost_level_and_power_by_simulation():
+    """Truth at the margin: "equivalent" in at most 5 % (+ 3 Monte-Carlo errors) of studies, one-sided at either margin.
+    Truth 0: the power formula at the studies' own standard errors gives the simulated share within .06."""
+    rng = np.random.default_rng(6)
+    found, promised = {-0.5: 0, 0.0: 0, 0.5: 0}, []
+    for truth in found:
+        for _ in range(400):
+            ratings, is_real = simulate(rng, 8, 30, truth, 0.1, 0.15, 0.3)
+            pooled = pool(*jackknife(ratings, is_real)["d_prime"], is_real)
+            found[truth] += tost(pooled.estimate, pooled.se, pooled.df) < 0.05
+            if truth == 0:
+                promised.append(reader_study.tost_power(pooled.se, pooled.df))
+    assert max(found[-0.5], found[0.5]) / 400 <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 400)
+    assert found[0.0] / 400 > 0.5
+    assert abs(found[0.0] / 400 - np.mean(promised)) < 0.06
+
+
+def test_planned_power_grows_with_readers_and_tiles():
+    """3 readers of 20 + 20 tiles nearly never show equivalence, 12 readers of 40 + 40 nearly always do."""
+    assert reader_study.planned_power(3, 20, studies=100) < 0.3
+    assert reader_study.planned_power(12, 40, studies=100) > 0.85
+
+
+# ------------------------------------------------------------------------------------ the whole study
+
+@pytest.mark.parametrize(("d", "readers", "count", "words"), [
+    (1.5, 5, 20, "told real from synthetic tiles better than by guessing"),
+    (-1.5, 5, 20, "the wrong way round"),
+    (0.0, 14, 60, "could not tell real from synthetic tiles"),
+    (0.1, 2, 10, "Undecided"),
+    (0.3, 20, 150, "less than the margin")])
+def test_the_verdict_says_what_the_figures_support(d, readers, count, words):
+    """Able, inverted, unable, too small a study, able but barely: each is said so, and only equivalence says "could
+    not"."""
+    ratings, is_real = simulate(np.random.default_rng(7), readers, count, d, tile_sd=0.2)
+    results = reader_study.analyse([f"r{n}" for n in range(readers)], ratings, is_real)
+    assert words in results["verdict"]
+    assert ("could not tell" in results["verdict"]) == (words.startswith("could not"))
+    json.dumps(results, allow_nan=False)
+
+
+def test_an_unfinished_study_is_analysed_as_far_as_it_goes():
+    """A reader with too few tiles is left out by name, one who stopped half way counts with theirs, no NaN is
+    written."""
+    ratings, is_real = simulate(np.random.default_rng(8), 4, 20, 0.8)
+    ratings[1, ::2] = 0
+    ratings[2, 3:] = 0
+    seconds = np.where(ratings > 0, 3.0, np.nan)
+    results = reader_study.analyse(list("abcd"), ratings, is_real, (ratings % 2), seconds)
+    assert [row["reader"] for row in results["readers"]] == ["a", "b", "d"]
+    assert results["left_out"] == ["c: 3 real and 0 synthetic tiles answered"]
+    assert results["readers"][1]["signals"] == 10
+    assert results["readers"][1]["seconds"] == 3.0
+    assert results["agreement"]["tiles_by_all"] == 20
+    json.dumps(results, allow_nan=False)
+    with pytest.raises(ValueError, match="no reader has answered 5 real and 5 synthetic tiles yet"):
+        reader_study.analyse(list("abcd"), ratings * 0, is_real)
+
+
+def test_each_reader_is_tested_and_corrected():
+    """A reader's row: exact rates and intervals, binomial p and Holm's over the readers, as computed one by one."""
+    ratings, is_real = simulate(np.random.default_rng(9), 3, 20, 1.0)
+    rows = reader_study.analyse(list("abc"), ratings, is_real)["readers"]
+    for row, given in zip(rows, ratings, strict=True):
+        right = int(((given >= 4) == is_real).sum())
+        assert np.isclose(row["correct_rate"], right / 40)
+        assert np.isclose(row["p"], stats.binomtest(right, 40).pvalue)
+        assert (row["real_low"], row["real_high"]) == inference.clopper_pearson(row["hits"], 20)
+    assert [row["p_holm"] for row in rows] == inference.holm([row["p"] for row in rows])
+
+
+def test_malignancy_is_compared_between_classes():
+    """Shares called malignant, a reader and pooled, and the paired difference real minus synthetic."""
+    ratings, is_real = simulate(np.random.default_rng(10), 3, 20)
+    malignant = np.zeros_like(ratings)
+    malignant[:, :15] = 1  # 15 of 20 real
+    malignant[:, 20:30] = 1  # 10 of 20 synthetic
+    found = reader_study.analyse(list("abc"), ratings, is_real, malignant)["malignancy"]
+    assert [(row["real"], row["synthetic"]) for row in found["readers"]] == [(0.75, 0.5)] * 3
+    assert np.isclose(found["difference"]["estimate"], 0.25)
+    assert found["difference"]["low"] < 0.25 < found["difference"]["high"]

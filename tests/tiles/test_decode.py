@@ -1,0 +1,260 @@
+"""The tile loader: borders, squares, orientation, what is unreadable, and a cache that never serves stale pixels."""
+import io
+import json
+import os
+import stat
+import time
+import zipfile
+
+import layouts
+import numpy as np
+import pytest
+from PIL import Image
+
+from lesion.run import files
+from lesion.tiles import decode
+
+
+def encoded(image, kind="PNG", **settings):
+    stream = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(stream, kind, **settings)
+    return stream.getvalue()
+
+
+def noise(side=60, seed=0):
+    return np.random.default_rng(seed).integers(60, 250, (side, side, 3)).astype(np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A data set of five tiles."""
+    (tmp_path / "images").mkdir()
+    rows = [{"file_name": f"images/{k}.jpg", "label": "benign"} for k in range(5)]
+    for k, row in enumerate(rows):
+        (tmp_path / row["file_name"]).write_bytes(layouts.jpeg(k))
+    files.write_manifest(tmp_path, rows)
+    return tmp_path, rows
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+def test_decode_gives_rgb_upright_and_square():
+    """EXIF orientation is applied; grey, palette and RGBA become RGB; an oblong picture gives its centre."""
+    image = noise()
+    assert (decode.decode(encoded(image)) == image).all()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn 90 degrees clockwise to show upright
+    turned = decode.decode(encoded(image, exif=exif))
+    assert (turned == np.rot90(image, -1)).all()
+    for mode in ("L", "P", "RGBA", "1"):
+        assert decode.decode(encoded(Image.fromarray(image).convert(mode))).shape == (60, 60, 3)
+    oblong = np.concatenate([image, image], axis=1)
+    assert (decode.decode(encoded(oblong)) == oblong[:, 30:90]).all()
+    assert decode.decode(encoded(oblong), square=False).shape == (60, 120, 3)
+
+
+@pytest.mark.parametrize(("data", "reason"), [
+    (b"", "not a picture"), (b"GIF? no", "not a picture"), (layouts.jpeg(1)[:500], "Truncated"),
+    (layouts.jpeg(1)[:900], "truncated"),
+    (encoded(Image.fromarray(np.zeros((9, 9), np.uint16))), "expected 8 bits a channel")])
+def test_what_is_no_tile_says_why(data, reason):
+    """Empty, garbage, truncated, 16-bit: a ValueError with the reason, never a half-grey picture."""
+    with pytest.raises(ValueError, match=reason):
+        decode.decode(data)
+
+
+# --- black borders ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("strips", "expected"), [
+    ({}, (0, 0, 0, 0)), ({"top": 10}, (10, 0, 0, 0)), ({"bottom": 7, "right": 13}, (0, 7, 0, 13)),
+    ({"left": 24}, (0, 0, 24, 0)), ({"left": 1}, (0, 0, 1, 0)),
+    ({"top": 4, "bottom": 4, "left": 4, "right": 4}, (4, 4, 4, 4))])
+def test_border_widths_of_known_strips(strips, expected):
+    """Black strips of known width at any side are measured to the pixel."""
+    image = noise()
+    paint(image, strips)
+    assert decode.border_widths(image) == expected
+
+
+def paint(image, strips):
+    side = len(image)
+    for where, width in strips.items():
+        part = {"top": np.s_[:width], "bottom": np.s_[side - width:], "left": np.s_[:, :width],
+                "right": np.s_[:, side - width:]}[where]
+        image[part] = np.random.default_rng(width).integers(0, 12, image[part].shape)
+
+
+def test_dark_skin_and_dark_corners_are_no_borders():
+    """A tile that is dark all over, a dark lesion and a black corner wedge are left exactly as they are."""
+    dark = np.full((60, 60, 3), 12, np.uint8)
+    lesion = noise()
+    lesion[15:45, 15:45] = 5
+    wedge = noise()
+    wedge[np.add.outer(np.arange(60), np.arange(60)) < 30] = 0
+    for image in (dark, lesion, wedge):
+        assert decode.border_widths(image) == (0, 0, 0, 0)
+        assert decode.fill_borders(image) is image
+
+
+@pytest.mark.parametrize("strips", [{"top": 6}, {"bottom": 12}, {"left": 18}, {"right": 25}, {"top": 9, "right": 14}])
+def test_filled_borders_keep_the_inside_and_are_skin(strips):
+    """Size, centre and every inner pixel stay. A strip of up to 18 of 60 lines gets skin without the lesion; a wider
+    one reaches so far in that some of the lesion is mirrored (a tenth of the side is the least to mirror)."""
+    image = noise(60)
+    image[26:34, 26:34] = (20, 200, 20)  # a lesion of 2 mm in the middle, green so that a copy would show
+    whole = image.copy()
+    paint(image, strips)
+    filled = decode.fill_borders(image)
+    assert filled.shape == image.shape
+    top, bottom, left, right = (w + 2 if w else 0 for w in decode.border_widths(image))
+    inner = np.s_[top:60 - bottom, left:60 - right]
+    assert (filled[inner] == whole[inner]).all()
+    assert decode.border_widths(filled) == (0, 0, 0, 0)
+    green = (filled == (20, 200, 20)).all(2)
+    assert green.sum() == 64 or max(strips.values()) > 18
+
+
+def test_a_narrow_strip_is_a_plain_mirror():
+    """The line at distance k outside the strip's edge equals the line at distance k inside."""
+    image = noise(60)
+    paint(image, {"left": 8})
+    filled = decode.fill_borders(image)
+    for k in range(10):
+        assert (filled[:, 9 - k] == filled[:, 10 + k]).all()
+
+
+def test_real_borders(shared):
+    """A real tile of which 40 % is a black strip: measured to the pixel, filled; a real one without is untouched."""
+    with zipfile.ZipFile(shared / "isic2024" / "ISIC_2024_Permissive_Training_Input.zip") as archive:
+        image = decode.decode(archive.read("ISIC_2024_Permissive_Training_Input/ISIC_6979451.jpg"))
+        clean = decode.decode(archive.read("ISIC_2024_Permissive_Training_Input/ISIC_0073467.jpg"))
+    assert decode.border_widths(image) == (0, 0, round(0.4027 * len(image)), 0)
+    assert (decode.fill_borders(image).max(2) <= decode.DARK).mean() < 0.001
+    assert decode.fill_borders(clean) is clean
+
+
+# --- resizing --------------------------------------------------------------------------------------------------------
+
+def test_shrinking_is_antialiased():
+    """One-pixel stripes shrunk to a third average to grey; a point sample would leave black or white."""
+    stripes = np.zeros((192, 192, 3), np.uint8)
+    stripes[:, ::2] = 255
+    assert np.abs(decode.resize(stripes, 64).astype(int) - 127).max() < 15
+    assert decode.resize(noise(64), 64).tolist() == noise(64).tolist()
+
+
+# --- loading and the cache -------------------------------------------------------------------------------------------
+
+def test_load_tiles_equals_tile_by_tile(folder):
+    """Order of the rows, shape, dtype, values; the second time from the cache, memory-mapped and equal."""
+    path, rows = folder
+    order = [rows[k] for k in (3, 0, 4)]
+    first = decode.load_tiles(path, order, 64)
+    assert first.images_u8.shape == (3, 64, 64, 3)
+    assert first.images_u8.dtype == np.uint8
+    assert first.rows == order
+    assert first.unreadable == []
+    for image, row in zip(first.images_u8, order):
+        assert (image == decode.tile((path / row["file_name"]).read_bytes(), 64)).all()
+    again = decode.load_tiles(path, order, 64)
+    assert isinstance(again.images_u8, np.memmap)
+    assert (again.images_u8 == first.images_u8).all()
+
+
+def test_the_cache_follows_what_decides_the_pixels(folder, monkeypatch):
+    """A changed file, another resolution, normalisation or reference, another code version: decoded anew; else not."""
+    path, rows = folder
+    calls = []
+    real = decode.tile
+    monkeypatch.setattr(decode, "tile", lambda *a: calls.append(1) or real(*a))
+
+    def decoded(resolution=64):
+        calls.clear()
+        decode.load_tiles(path, rows, resolution)
+        return len(calls)
+
+    assert [decoded(), decoded()] == [5, 0]
+    assert [decoded(128), decoded(128), decoded()] == [5, 0, 0]
+    (path / rows[2]["file_name"]).write_bytes(layouts.jpeg(99))
+    assert [decoded(), decoded()] == [5, 0]
+    lines = [{"mean": [mean, -0.4], "direction": [0.7, -0.7]} for mean in (0.6, 0.5)]
+    for record in ({"color_norm": "grey-world"}, {"color_norm": "skin-locus", "color_norm_reference": lines[0]},
+                   {"color_norm": "skin-locus", "color_norm_reference": lines[1]}):
+        (path / "dataset.json").write_text(json.dumps(record))
+        assert [decoded(), decoded()] == [5, 0], record
+    monkeypatch.setattr(decode, "VERSION", decode.VERSION + 1)
+    assert decoded() == 5
+
+
+def test_the_recorded_normalisation_is_applied(folder):
+    """dataset.json's colour normalisation reaches the pixels; a folder without one (synthetic) is taken as it is."""
+    path, rows = folder
+    raw = np.array(decode.load_tiles(path, rows, 64).images_u8)
+    (path / "dataset.json").write_text(json.dumps({"color_norm": "grey-world"}))
+    means = decode.load_tiles(path, rows, 64).images_u8.reshape(5, -1, 3).mean(1)
+    assert (np.ptp(means, axis=1) < 2).all()
+    assert (np.ptp(raw.reshape(5, -1, 3).mean(1), axis=1) > 20).all()
+    (path / "dataset.json").write_text(json.dumps({"color_norm": "sepia"}))
+    with pytest.raises(ValueError, match="'sepia' is unknown"):
+        decode.load_tiles(path, rows, 64)
+
+
+def test_unreadable_tiles_are_named_and_left_out(folder):
+    """Truncated and missing files are listed with a reason, also from the cache; rows match images; all bad: error."""
+    path, rows = folder
+    (path / rows[1]["file_name"]).write_bytes(layouts.jpeg(1)[:600])
+    (path / rows[3]["file_name"]).unlink()
+    for _ in range(2):
+        found = decode.load_tiles(path, rows, 64)
+        assert found.rows == [rows[0], rows[2], rows[4]]
+        assert len(found.images_u8) == 3
+        assert (found.images_u8[1] == decode.tile((path / rows[2]["file_name"]).read_bytes(), 64)).all()
+        assert [line.split(":")[0] for line in found.unreadable] == ["images/1.jpg", "images/3.jpg"]
+        assert "No such file" in found.unreadable[1]
+    with pytest.raises(ValueError, match="none of the 2 tiles is readable .images/1.jpg: "):
+        decode.load_tiles(path, [rows[1], rows[3]], 64)
+    with pytest.raises(ValueError, match="no tiles to load"):
+        decode.load_tiles(path, [], 64)
+
+
+def test_a_torn_or_absent_cache_is_decoded_again(folder):
+    """Half of the cache's two files: as if there were none. A folder that cannot be written: no cache, same tiles."""
+    path, rows = folder
+    first = np.array(decode.load_tiles(path, rows, 64).images_u8)
+    for suffix in ("json", "npy"):
+        next((path / ".cache").glob(f"*.{suffix}")).unlink()
+        assert (decode.load_tiles(path, rows, 64).images_u8 == first).all()
+    for left in (path / ".cache").iterdir():
+        left.unlink()
+    (path / ".cache").rmdir()
+    (path / ".cache").write_text("in the way")  # cannot be written, also for root
+    assert (decode.load_tiles(path, rows, 64).images_u8 == first).all()
+
+
+def test_progress_sees_every_tile(folder):
+    """`progress` wraps the tiles with their total, and is not called when the cache serves."""
+    path, rows = folder
+    seen = []
+
+    def progress(items, **settings):
+        seen.append(settings["total"])
+        return items
+
+    decode.load_tiles(path, rows, 64, progress)
+    decode.load_tiles(path, rows, 64, progress)
+    assert seen == [5]
+
+
+@pytest.mark.skipif(not os.environ.get("LESION_BIG"), reason="set LESION_BIG=1: loads the 8,980 real tiles twice")
+def test_nine_thousand_tiles_load_quickly(tmp_path, shared):
+    """The first load of 8,980 real tiles costs under 30 s of CPU a core, the second under half a second."""
+    with zipfile.ZipFile(shared / "isic2024" / "ISIC_2024_Permissive_Training_Input.zip") as archive:
+        archive.extractall(tmp_path)
+        rows = [{"file_name": name} for name in archive.namelist()]
+    for limit in (30 * os.cpu_count(), 0.5):
+        wall, cpu = time.perf_counter(), time.process_time()
+        found = decode.load_tiles(tmp_path, rows, 128)
+        cpu = time.process_time() - cpu
+        print(f"{len(found.rows)} tiles: {time.perf_counter() - wall:.2f} s, CPU {cpu:.2f} s")
+        assert cpu < limit
+    assert stat.S_ISREG(next((tmp_path / ".cache").glob("*.npy")).stat().st_mode)
