@@ -14,7 +14,6 @@ from lesion.run import cli, files, folders
 FREE = ("steps", "resume", "sample_every", "sample_steps", "val_every", "checkpoint_every", "device", "out")  # may change on --resume
 LOG_EVERY = 10  # steps between reads of the device: the loss is kept there until then
 MAX_SKIPPED = 50  # fp16 steps in a row with overflow before the run is given up
-VAL_TIMESTEPS = (125, 375, 625, 875)  # the middle of each quartile
 
 
 def parse(argv=None):
@@ -73,163 +72,153 @@ def parse(argv=None):
 
 def main(argv=None) -> None:
     args = parse(argv)
-    args.data, args.base, what = folders.default_inputs(args.data, args.base)
-    folders.fill_recipe(args)
+    data, base, what = folders.default_inputs(args.data, args.base)
     print(f"learning {args.label!r} (phase {args.phase}) from {what}", flush=True)
-    if args.data == folders.DEMO and not (folders.DEMO / files.MANIFEST).is_file():
+    if data == folders.DEMO and not (data / files.MANIFEST).is_file():
         from lesion.mini import phantoms
-        print(f"drawing the demo set into {folders.DEMO}", flush=True)
+        print(f"drawing the demo set into {data}", flush=True)
         bar = cli.progress(total=phantoms.DEMO_TILES, desc="demo set", unit="tile")
-        phantoms.write_demo(folders.DEMO, progress=lambda done: bar.update(done - bar.n))
+        phantoms.write_demo(data, progress=lambda done: bar.update(done - bar.n))
         bar.close()
-    train(args)
+    train({**vars(args), "data": data, "base": base}, args.out, args.resume)
 
 
-def train(args) -> None:
+def train(flags: dict, out: Path | None, resume: bool) -> None:
     import signal
-    from functools import partial
 
     import numpy as np
     import torch
 
+    from lesion.lora import layers
     from lesion.run import devices
-    from lesion.sd import checkpoint, schedule
+    from lesion.run.optim import warmup_cosine
+    from lesion.sd import checkpoint
     from lesion.tiles.seen import files_seen, train_files
     from lesion.train import setup, watch
     from lesion.train.checkpoint import load_checkpoint, save_checkpoint
     from lesion.train.latents import encode, plan
-    from lesion.train.step import Denoiser, posterior_sample
+    from lesion.train.step import Batch, Denoiser, adamw, backward, draw_step, update
 
-    # --- set-up: process, data, base ---
-    rank, world, device = devices.process(args.device)
+    # --- set-up: process, recipe, data, base ---
+    rank, world, device = devices.process(flags["device"])
     first_rank = rank == 0
-    say = partial(print, flush=True) if first_rank else None
-    args.precision = args.precision or ("fp16" if device.type == "cuda" else "fp32")
-    args.out = args.out or (folders.newest(f"{args.label}-phase{args.phase}*", "checkpoint.safetensors") if args.resume else None) \
-        or folders.next_folder(f"{args.label}-phase{args.phase}")
-    tiles, held_out = setup.tiles_of_class(args, say)
-    sd = checkpoint.load(args.base, device, devices.DTYPES[args.precision], args.tokenizer)
-    seen = train_files(args.data, tiles.rows)
-    recipe = setup.recipe(args, sd, seen)
+    recipe = setup.Recipe.of_flags(flags, device)
+    name = f"{recipe.label}-phase{recipe.phase}"
+    out = out or (folders.newest(f"{name}*", "checkpoint.safetensors") if resume else None) or folders.next_folder(name)
+
+    def say(text: str) -> None:
+        if first_rank:
+            print(text, flush=True)
+
+    def progress(text: str):
+        return lambda items, **more: cli.progress(items, **{**more, "desc": text, "unit": "tile", "disable": not first_rank})
+    tiles, held_out = setup.tiles_of_class(recipe, say, progress("tiles"))
+    sd = checkpoint.load(recipe.base, device, devices.DTYPES[recipe.precision], recipe.tokenizer)
+    seen = train_files(recipe.data, tiles.rows)
+    earlier = files.read_json(out / "args.json") if resume and (out / "args.json").is_file() else None
+    record = setup.record_of(recipe, sd, seen, earlier)
 
     # --- LoRA: float32 factors beside frozen weights; the run folder, once nothing is left to refuse ---
-    networks = setup.add_lora(args, sd, recipe["init_lora"])
-    groups = setup.parameter_groups(args, networks)
+    networks = setup.add_lora(recipe, sd, record["init_lora"])
+    groups = setup.parameter_groups(recipe, networks)
     parameters = [p for group in groups for p in group["params"]]
     if first_rank:
-        folders.open_run(args.out, recipe, args.resume, FREE)
-        seen = files_seen(seen, recipe["init_lora"])
-        seen and files.write_json(args.out / "train_files.json", seen)
-        say(f"{len(tiles.rows)} tiles, {len(held_out.rows)} held out; LoRA of rank {args.rank} on {' and '.join(networks)}"
-            f"{', from ' + recipe['init_lora'] if recipe['init_lora'] else ''}: {sum(p.numel() for p in parameters):,} parameters; "
-            f"{device}, {args.precision}; run folder {args.out}")
+        folders.open_run(out, record, resume, FREE)
+        seen = files_seen(seen, record["init_lora"])
+        if seen:
+            files.write_json(out / "train_files.json", seen)
+        say(f"{len(tiles.rows)} tiles, {len(held_out.rows)} held out; LoRA of rank {recipe.rank} on {' and '.join(networks)}"
+            f"{', from ' + record['init_lora'] if record['init_lora'] else ''}: {sum(p.numel() for p in parameters):,} parameters; "
+            f"{device}, {recipe.precision}; run folder {out}")
 
     # --- what does not change is computed once: latents of every view to come, texts ---
-    batch = args.batch_size * args.accumulate * world
-    chosen, views = plan(len(tiles.rows), batch, args.steps, args.seed, args.views)
+    batch_size = recipe.batch_size * recipe.accumulate * world  # of one optimizer step, over all processes
+    chosen, views = plan(len(tiles.rows), batch_size, recipe.steps, recipe.seed, recipe.views)
     pairs = np.stack([chosen.ravel(), views.ravel()], 1)
-    mean, logvar = encode(sd.vae, tiles.images_u8, pairs, args.data / ".cache", device, setup.bar("latents", "tile", first_rank))
-    texts = setup.Texts(sd, [row["text"] for row in tiles.rows], trained=args.phase == 2, say=say)
-    validate = watch.validation(args, sd, held_out, VAL_TIMESTEPS, device)
-    sample = watch.sampling(args, sd, tiles.rows, device)
+    mean, logvar = encode(sd.vae, tiles.images_u8, pairs, recipe.data / ".cache", device, progress("latents"))
+    texts = setup.Texts(sd, [row["text"] for row in tiles.rows], trained=recipe.phase == 2, say=say)
+    validate = watch.validation(recipe, sd, held_out, device) if first_rank else None
+    sample = watch.sampling(recipe, sd, tiles.rows, device)
 
     # --- optimizer, fp16 loss scale, state ---
     model = devices.distributed(Denoiser(sd.unet, sd.text_encoder), world, device)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=args.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    done, skipped = load_checkpoint(args.out, networks, optimizer, scaler) if args.resume else (0, 0)
-    if done > args.steps:
-        raise ValueError(f"{args.out} has done {done} steps already: --steps {args.steps} is fewer")
-    log = watch.Log(args, device, tiles.rows, done, batch)
-    first_rank and log.open(done)
+    optimizer = adamw(groups, recipe.lr, recipe.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
+    done, skipped = load_checkpoint(out, networks, optimizer, scaler) if resume else (0, 0)
+    if done > recipe.steps:
+        raise ValueError(f"{out} has done {done} steps already: --steps {recipe.steps} is fewer")
+    log = watch.Log(out, device, tiles.rows, done, batch_size)
     stopping = []
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: stopping.append(True))  # finish the step, checkpoint, leave
-
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopping.append(True))  # finish the step, checkpoint, leave
+    if first_rank:
+        log.open(done)
     if first_rank and done == 0:
-        validate and log.validation(0, validate())
-        sample(args.out / "samples" / "step-000000.png")
+        if validate:
+            log.validation(0, validate())
+        sample(out / "samples" / "step-000000.png")
+
     in_a_row = 0
     log.restart_clock()
-    bar = cli.progress(total=args.steps, initial=done, desc="train", unit="step", disable=not first_rank)
+    bar = cli.progress(total=recipe.steps, initial=done, desc="train", unit="step", disable=not first_rank)
     start = done
-    for step in range(start, args.steps):
-        factor = setup.lr_factor(args, step)
+    for step in range(start, recipe.steps):
+        # [learning rate] warm-up, then constant or a cosine; the text encoder may have a budget of steps of its own
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
-        if step == max(args.text_encoder_steps or args.steps, start) and args.phase == 2:  # its budget is spent
-            for p in groups[1]["params"]:
+            group["lr"] = warmup_cosine(group["peak_lr"], step, recipe.steps, recipe.warmup_steps, recipe.schedule)
+        if recipe.phase == 2 and step == max(recipe.text_encoder_steps or recipe.steps, start):
+            for p in layers.lora_parameters(sd.text_encoder):
                 p.requires_grad_(False)
-            model = devices.distributed(Denoiser(sd.unet, sd.text_encoder), world, device)
+            model = devices.distributed(Denoiser(sd.unet, sd.text_encoder), world, device)  # what it averages has changed
 
-        # --- every random number of this step, for the whole batch of all processes ---
-        g = devices.generator(args.seed, step)
-        shape = (batch, *mean.shape[2:])
-        all_timesteps = torch.randint(schedule.STEPS, (batch,), generator=g)
-        all_noise = torch.randn(shape, generator=g) + args.noise_offset * torch.randn(*shape[:2], 1, 1, generator=g)
-        all_posterior = torch.randn(shape, generator=g)
-        all_dropped = torch.rand(batch, generator=g) < args.caption_dropout
+        # [accumulation] the gradient of the mean over all micro-batches of all processes
+        draws = draw_step(recipe.seed, step, (batch_size, *mean.shape[2:]), recipe.noise_offset, recipe.caption_dropout)
+        errors, mine = [], []
+        for micro in range(recipe.accumulate):
+            first = (micro * world + rank) * recipe.batch_size
+            part = slice(first, first + recipe.batch_size)
+            tile, view, some = chosen[step, part], views[step, part], draws.rows(part)
+            batch = Batch(mean[tile, view], logvar[tile, view], some.to(device), **texts(tile, some.dropped))
+            with devices.no_sync(model, micro + 1 < recipe.accumulate):
+                errors.append(backward(model, batch, sd.latent_scale, scaler, recipe.min_snr_gamma, recipe.accumulate, recipe.precision))
+            mine.append(np.arange(batch_size)[part])
 
-        losses, mine = [], []
-        for micro in range(args.accumulate):
-            part = slice((micro * world + rank) * args.batch_size, (micro * world + rank + 1) * args.batch_size)
-            tile, view = chosen[step, part], views[step, part]
-            mine.append(np.arange(batch)[part])
-            timesteps, noise, posterior = (x[part].to(device) for x in (all_timesteps, all_noise, all_posterior))
-            latents = posterior_sample(mean[tile, view], logvar[tile, view], posterior, sd.latent_scale)
-            noisy_latents = schedule.add_noise(latents, noise, timesteps)
-            text = texts(tile, all_dropped[part])
-            with devices.no_sync(model, micro + 1 < args.accumulate), devices.autocast(device, args.precision):
-                noise_pred = model(noisy_latents, timesteps, text)
-                error = (noise_pred.float() - noise).square().mean(dim=(1, 2, 3))  # [B], arXiv:2006.11239, eq. 14
-                weight = 1.0 if args.min_snr_gamma is None else schedule.min_snr_weight(timesteps, args.min_snr_gamma)
-                loss = (weight * error).mean() / args.accumulate
-                scaler.scale(loss).backward()
-            losses.append(error.detach())
-
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
-        scale = scaler.get_scale()
-        scaler.step(optimizer)  # does nothing if a gradient overflowed
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        overflowed = scaler.get_scale() < scale
+        # [update] unscale, clip, AdamW; a step that overflowed in fp16 is void
+        grad_norm, overflowed = update(optimizer, scaler, parameters, recipe.clip)
         skipped, in_a_row = skipped + overflowed, (in_a_row + 1) * overflowed
         if in_a_row == MAX_SKIPPED:
             raise ValueError(f"step {step}: {MAX_SKIPPED} steps in a row overflowed in fp16; use --precision bf16 or fp32")
 
-        # --- book-keeping ---
+        # [book-keeping]
         done = step + 1
-        last = done == args.steps or bool(stopping)
+        last = done == recipe.steps or bool(stopping)
         mine = np.concatenate(mine)
-        log.step(done, torch.cat(losses), all_timesteps[mine], chosen[step, mine], grad_norm, optimizer.param_groups[0]["lr"], skipped)
+        log.step(done, torch.cat(errors), draws.timesteps[mine], chosen[step, mine], grad_norm, optimizer.param_groups[0]["lr"], skipped)
         if first_rank:
             bar.update()
-            if last or done % LOG_EVERY == 0 or done % args.checkpoint_every == 0 or done % args.val_every == 0:
+            if last or done % LOG_EVERY == 0 or done % recipe.checkpoint_every == 0 or done % recipe.val_every == 0:
                 bar.set_postfix_str(log.flush(), refresh=False)
-            if validate and (done == args.steps or done % args.val_every == 0):
+            if validate and (done == recipe.steps or done % recipe.val_every == 0):
                 log.validation(done, validate())
-            if done == args.steps or done % args.sample_every == 0:
-                sample(args.out / "samples" / f"step-{done:06d}.png")
-            if last or done % args.checkpoint_every == 0:
-                save_checkpoint(args, networks, optimizer, scaler, done, skipped, recipe)
+            if done == recipe.steps or done % recipe.sample_every == 0:
+                sample(out / "samples" / f"step-{done:06d}.png")
+            if last or done % recipe.checkpoint_every == 0:
+                save_checkpoint(out, recipe, record, networks, optimizer, scaler, done, skipped)
             if not log.waiting:
                 log.restart_clock()
         if last:  # not `stopping`: a signal during validation or sampling comes too late for this step's checkpoint
             break
     bar.close()
 
-    if first_rank and done < args.steps:
-        say(f"stopped after step {done}; go on with: python train_lora.py --resume --out {args.out} (and the same flags)")
+    if first_rank and done < recipe.steps:
+        say(f"stopped after step {done}; go on with: python train_lora.py --resume --out {out} (and the same flags)")
         raise KeyboardInterrupt
     if first_rank:
-        watch.loss_curve(args.out / "metrics.jsonl", args.out / "loss.png")
-        watch.before_and_after(args.out / "samples", args.steps)
-        say(
-            f"LoRA: {args.out / 'lora.safetensors'}\nloss: {args.out / 'loss.png'}\n"
-            f"before and after: {args.out / 'samples' / 'before-after.png'}\n"
-            f"next: python generate.py --lora {args.out / 'lora.safetensors'} --base {args.base} --prompts-from {args.data} --count 16"
-        )
+        watch.loss_curve(out / "metrics.jsonl", out / "loss.png")
+        watch.before_and_after(out / "samples", recipe.steps)
+        say(f"LoRA: {out / 'lora.safetensors'}\nloss: {out / 'loss.png'}\n"
+            f"before and after: {out / 'samples' / 'before-after.png'}\n"
+            f"next: python generate.py --lora {out / 'lora.safetensors'} --base {recipe.base} --prompts-from {recipe.data} --count 16")
 
 
 if __name__ == "__main__":

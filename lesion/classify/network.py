@@ -4,7 +4,6 @@ He et al. 2016 (arXiv:1512.03385) with one logit for "malignant"; AdamW (arXiv:1
 decay, checkpoint by validation AUPRC, optional class-weighted loss. Everything random is keyed by (seed, step), so a
 run that is stopped and goes on gives the same bytes on a CPU. Proven by tests/classify/test_network.py.
 """
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 
 from lesion.classify.augment import augment, normalise
 from lesion.run import devices
-from lesion.run.optim import load_optimizer_tensors, optimizer_tensors
-from lesion.run.state import load_state, save_state
+from lesion.run.optim import load_optimizer_tensors, optimizer_tensors, warmup_cosine
+from lesion.run.state import grouped, load_state, of_group, save_state
 from lesion.stats import classification
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50")
@@ -103,10 +102,7 @@ def class_weights(labels: Tensor, power: float) -> Tensor:
 
 def lr_at(step: int, recipe: Recipe) -> float:
     """Learning rate of `step` (0-based): linear to the peak over the warm-up, then half a cosine to 0."""
-    warmup = max(1, round(recipe.steps * recipe.warmup))
-    if step < warmup:
-        return recipe.lr * (step + 1) / warmup
-    return recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, recipe.steps - warmup)))
+    return warmup_cosine(recipe.lr, step, recipe.steps, max(1, round(recipe.steps * recipe.warmup)))
 
 
 def batch_of(order: Tensor, step: int, batch_size: int, seed: int) -> Tensor:
@@ -178,10 +174,8 @@ def _groups(model, weight_decay):
 
 
 def _save(model, optimizer, scaler, best, path, step, rows):
-    tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
-    tensors |= {f"best.{key}": value for key, value in best.items()}
-    tensors |= {f"optimizer.{key}": value for key, value in optimizer_tensors(optimizer).items()}
-    save_state(path, tensors, {"step": step, "rows": rows, "scaler": scaler.state_dict()})
+    save_state(path, grouped(model=model.state_dict(), best=best, optimizer=optimizer_tensors(optimizer)),
+               {"step": step, "rows": rows, "scaler": scaler.state_dict()})
 
 
 def _resume(model, optimizer, scaler, path):
@@ -189,12 +183,10 @@ def _resume(model, optimizer, scaler, path):
     if not path.is_file():
         return 0, [], None
     tensors, meta = load_state(path)
-    parts = {name: {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-             for name in ("model", "best", "optimizer")}
-    model.load_state_dict(parts["model"])
-    load_optimizer_tensors(optimizer, parts["optimizer"])
+    model.load_state_dict(of_group(tensors, "model"))
+    load_optimizer_tensors(optimizer, of_group(tensors, "optimizer"))
     scaler.load_state_dict(meta["scaler"])
-    return meta["step"], meta["rows"], parts["best"]
+    return meta["step"], meta["rows"], of_group(tensors, "best")
 
 
 def save(path: Path, model: nn.Module, arch: str, image_size: int) -> None:

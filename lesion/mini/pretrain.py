@@ -64,11 +64,8 @@ def main(argv: list[str]) -> None:
 
 def learning_rate(args, step: int) -> float:
     """Linear warm-up, then a half cosine to 0 at the last step."""
-    import math
-    if step < args.warmup_steps:
-        return args.lr * (step + 1) / args.warmup_steps
-    done = (step - args.warmup_steps) / max(1, args.steps - args.warmup_steps)
-    return args.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    from lesion.run.optim import warmup_cosine
+    return warmup_cosine(args.lr, step, args.steps, args.warmup_steps)
 
 
 def ema_update(ema: dict, model, decay: float, step: int) -> None:
@@ -195,29 +192,25 @@ def train_vae(args) -> None:
 
 def save_checkpoint(args, stage: str, model, ema: dict, optimizer, step: int) -> None:
     from lesion.run.optim import optimizer_tensors
-    from lesion.run.state import save_state
-    save_state(args.out / f"{stage}.checkpoint.safetensors", {
-        **{f"model.{k}": v for k, v in model.state_dict().items()}, **{f"ema.{k}": v for k, v in ema.items()},
-        **{f"optimizer.{k}": v for k, v in optimizer_tensors(optimizer).items()}}, {"step": step, "seed": args.seed})
+    from lesion.run.state import grouped, save_state
+    tensors = grouped(model=model.state_dict(), ema=ema, optimizer=optimizer_tensors(optimizer))
+    save_state(args.out / f"{stage}.checkpoint.safetensors", tensors, {"step": step, "seed": args.seed})
 
 
 def resume(args, stage: str, model, ema: dict, optimizer) -> int:
     """Step to go on from: 0, or the checkpoint's. Refuses to overwrite a checkpoint unless --resume is given."""
     from lesion.run.optim import load_optimizer_tensors
-    from lesion.run.state import load_state
+    from lesion.run.state import load_state, of_group
     path = args.out / f"{stage}.checkpoint.safetensors"
     if not path.exists():
         return 0
     if not args.resume:
         raise ValueError(f"{path} exists: give --resume to go on, or another --out")
     tensors, meta = load_state(path)
-
-    def part(name):
-        return {key.removeprefix(name): value for key, value in tensors.items() if key.startswith(name)}
-    model.load_state_dict(part("model."))
-    for key, value in part("ema.").items():
+    model.load_state_dict(of_group(tensors, "model"))
+    for key, value in of_group(tensors, "ema").items():
         ema[key].copy_(value)
-    load_optimizer_tensors(optimizer, part("optimizer."))
+    load_optimizer_tensors(optimizer, of_group(tensors, "optimizer"))
     return meta["step"]
 
 

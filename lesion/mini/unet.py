@@ -20,7 +20,7 @@ from lesion.sd.unet import UNet, UNetConfig
 from lesion.sd.vae import to_images_u8
 from lesion.train.latents import encode, plan
 from lesion.train.setup import Texts
-from lesion.train.step import Denoiser, posterior_sample
+from lesion.train.step import Denoiser, draw_step, noise_error, posterior_sample
 
 WIDTHS, HEADS, GROUPS = (48, 80, 96, 80), 4, 8
 TEXT_WIDTH, TEXT_MLP, TEXT_LAYERS = 128, 384, 3
@@ -112,16 +112,12 @@ def train(args) -> None:
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = pretrain.learning_rate(args, step)
-        g = devices.generator(args.seed, step)
         tile, view = chosen[step], views[step]
-        shape = (args.batch_size, *mean.shape[2:])
-        timesteps = torch.randint(schedule.STEPS, (args.batch_size,), generator=g)
-        noise, posterior = torch.randn(shape, generator=g), torch.randn(shape, generator=g)
-        dropped = torch.rand(args.batch_size, generator=g) < args.caption_dropout
-        latents = posterior_sample(mean[tile, view], logvar[tile, view], posterior, sd.latent_scale)
-        noisy = schedule.add_noise(latents, noise, timesteps).to(memory_format=torch.channels_last)
-        error = (model(noisy, timesteps, texts(tile, dropped)) - noise).square().mean(dim=(1, 2, 3))
-        loss = (schedule.min_snr_weight(timesteps, MIN_SNR_GAMMA) * error).mean()
+        draws = draw_step(args.seed, step, (args.batch_size, *mean.shape[2:]), caption_dropout=args.caption_dropout)
+        latents = posterior_sample(mean[tile, view], logvar[tile, view], draws.posterior, sd.latent_scale)
+        error = noise_error(model, latents.to(memory_format=torch.channels_last), draws.noise, draws.timesteps,
+                            **texts(tile, draws.dropped))
+        loss = (schedule.min_snr_weight(draws.timesteps, MIN_SNR_GAMMA) * error).mean()
         if not torch.isfinite(loss):
             raise ValueError(f"loss is {loss.item()} at step {step}: lower --lr; the last checkpoint is kept")
         optimizer.zero_grad(set_to_none=True)
@@ -182,8 +178,7 @@ def check_error(sd, model, ema, mean, texts, check, args) -> float:
     latents = sd.latent_scale * mean[tile, 0]
     noise = torch.randn(latents.shape, generator=devices.generator(args.seed, 0, 8))
     with averaged(model, ema):
-        noise_pred = model(schedule.add_noise(latents, noise, t), t, texts(tile, torch.zeros(len(tile), dtype=torch.bool)))
-    return (noise_pred - noise).square().mean().item()
+        return noise_error(model, latents, noise, t, **texts(tile)).mean().item()
 
 
 @torch.no_grad()

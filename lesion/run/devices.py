@@ -27,6 +27,11 @@ def device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
+def default_precision(where: torch.device) -> str:
+    """fp16 on CUDA, the study's setting; fp32 on a CPU."""
+    return "fp16" if where.type == "cuda" else "fp32"
+
+
 def autocast(where: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """Autocast to fp16 or bf16 on `where`; nothing for fp32."""
     return torch.autocast(where.type, DTYPES[precision]) if precision != "fp32" else contextlib.nullcontext()

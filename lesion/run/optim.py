@@ -1,10 +1,22 @@
-"""An optimizer's state as named tensors.
+"""What every training loop shares about its optimizer: the learning rate by step, and its state as named tensors.
 
-Proven by tests/run/test_state.py.
+Proven by tests/run/test_optim.py.
 """
+import math
 
 import torch
 from torch import Tensor
+
+
+def warmup_cosine(peak: float, step: int, steps: int, warmup_steps: int, schedule: str = "cosine") -> float:
+    """The learning rate of `step` (0-based) of `steps`: linear to `peak` over the warm-up, then half a cosine to 0 at the
+    last step (arXiv:1608.03983, eq. 5 without restarts), or with schedule "constant" the peak."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return peak
+    done = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

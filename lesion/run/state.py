@@ -35,6 +35,16 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise ValueError(f"{path} is damaged or not a saved state ({error})") from None
 
 
+def grouped(**groups: dict[str, Tensor]) -> dict[str, Tensor]:
+    """{"<group>.<key>": tensor} of several dicts of tensors, as one file holds them."""
+    return {f"{name}.{key}": value for name, tensors in groups.items() for key, value in tensors.items()}
+
+
+def of_group(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """One of the groups of `grouped`, by its own keys."""
+    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+
+
 def weights_sha256(*networks: nn.Module) -> str:
     """SHA-256 over names, shapes and bytes of all parameters: equal only if nothing changed."""
     digest = hashlib.sha256()

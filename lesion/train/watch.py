@@ -18,8 +18,10 @@ from lesion.sd import pipeline, schedule
 from lesion.sd.checkpoint import StableDiffusion
 from lesion.sd.vae import to_images_u8, to_pixels
 from lesion.tiles.decode import Tiles
-from lesion.train.setup import Texts
-from lesion.train.step import Denoiser
+from lesion.train.setup import Recipe, Texts
+from lesion.train.step import Denoiser, noise_error
+
+VAL_TIMESTEPS = (125, 375, 625, 875)  # the middle of each quartile
 
 
 def loss_curve(metrics: Path, path: Path) -> None:
@@ -57,59 +59,57 @@ def loss_curve(metrics: Path, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None})
 
 
-def validation(args, sd: StableDiffusion, held_out: Tiles, timesteps: tuple[int, ...], device: torch.device) -> Callable | None:
-    """A function that gives {val_loss, val_loss_q1..4}: unweighted error on fixed (tile, timestep, noise) triples; None without tiles."""
+def validation(recipe: Recipe, sd: StableDiffusion, held_out: Tiles, device: torch.device) -> Callable[[], dict] | None:
+    """A function that gives {val_loss, val_loss_q1..4}: the unweighted error on fixed (tile, timestep, noise) triples, latents
+    at the posterior's mean; None without tiles."""
     if not held_out.rows:
         return None
     with torch.no_grad():
         mean = torch.cat([sd.vae.encode(to_pixels(image[None]).to(device))[0] for image in held_out.images_u8])
-    latents = (sd.latent_scale * mean).repeat_interleave(len(timesteps), 0)
-    t = torch.tensor(timesteps, device=device).repeat(len(mean))
-    noise = torch.randn(latents.shape, generator=devices.generator(args.seed, 0, 8)).to(device)
-    tile = np.repeat(np.arange(len(mean)), len(timesteps))
-    texts = Texts(sd, [row["text"] for row in held_out.rows], trained=args.phase == 2)
+    latents = (sd.latent_scale * mean).repeat_interleave(len(VAL_TIMESTEPS), 0)
+    timesteps = torch.tensor(VAL_TIMESTEPS, device=device).repeat(len(mean))
+    noise = torch.randn(latents.shape, generator=devices.generator(recipe.seed, 0, 8)).to(device)
+    tile = np.repeat(np.arange(len(mean)), len(VAL_TIMESTEPS))
+    texts = Texts(sd, [row["text"] for row in held_out.rows], trained=recipe.phase == 2)
     model = Denoiser(sd.unet, sd.text_encoder)
 
     @torch.no_grad()
     def validate() -> dict[str, float]:
         errors = []
-        for some in torch.arange(len(t)).split(16):
-            noisy = schedule.add_noise(latents[some], noise[some], t[some])
-            with devices.autocast(device, args.precision):
-                noise_pred = model(noisy, t[some], texts(tile[some.numpy()], torch.zeros(len(some), dtype=torch.bool)))
-            errors.append((noise_pred.float() - noise[some]).square().mean(dim=(1, 2, 3)))
+        for some in torch.arange(len(timesteps)).split(16):
+            with devices.autocast(device, recipe.precision):
+                errors.append(noise_error(model, latents[some], noise[some], timesteps[some], **texts(tile[some.numpy()])))
         error = torch.cat(errors).double()
-        return {"val_loss": error.mean().item(), **{f"val_loss_q{q}": value for q, value in quartiles(error, t).items()}}
+        return {"val_loss": error.mean().item(), **{f"val_loss_q{q}": value for q, value in quartiles(error, timesteps).items()}}
     return validate
 
 
-def sampling(args, sd: StableDiffusion, rows: list[dict], device: torch.device) -> Callable[[Path], None]:
+def sampling(recipe: Recipe, sd: StableDiffusion, rows: list[dict], device: torch.device) -> Callable[[Path], None]:
     """A function that draws the sample sheet: fixed seeds, fixed prompts of the training set, the networks as they are now."""
-    chosen = np.random.default_rng([args.seed, 3]).integers(len(rows), size=args.sample_count)
+    chosen = np.random.default_rng([recipe.seed, 3]).integers(len(rows), size=recipe.sample_count)
     prompts = [rows[i]["text"] for i in chosen]
-    guidance_scale = folders.recipe_for(args.base)["guidance_scale"]
+    guidance_scale = folders.recipe_for(recipe.base)["guidance_scale"]
 
     def sample(path: Path) -> None:
-        if not prompts:
-            return
         images = []
-        for start in range(0, len(prompts), args.batch_size):
-            some = prompts[start:start + args.batch_size]
-            with torch.no_grad(), devices.autocast(device, args.precision):
+        for start in range(0, len(prompts), recipe.batch_size):
+            some = prompts[start:start + recipe.batch_size]
+            with torch.no_grad(), devices.autocast(device, recipe.precision):
                 context, negative = pipeline.encode_prompts(sd, some), pipeline.encode_prompts(sd, [""] * len(some))
-                latents = pipeline.draw(sd, context, negative, list(range(start, start + len(some))), args.resolution,
-                                        steps=args.sample_steps, guidance_scale=guidance_scale)
+                latents = pipeline.draw(sd, context, negative, list(range(start, start + len(some))), recipe.resolution,
+                                        steps=recipe.sample_steps, guidance_scale=guidance_scale)
             images.append(to_images_u8(pipeline.decode(sd, latents)))
-        sheets.save_png(path, sheets.contact_sheet(np.concatenate(images)))
+        if images:
+            sheets.save_png(path, sheets.contact_sheet(np.concatenate(images)))
     return sample
 
 
 def before_and_after(folder: Path, steps: int) -> None:
     """One picture of the first and the last sample sheet, one above the other."""
-    sheets = [(folder / f"step-{step:06d}.png", f"step {step}") for step in (0, steps)]
-    if all(path.is_file() for path, _ in sheets):
+    drawn = [(folder / f"step-{step:06d}.png", f"step {step}") for step in (0, steps)]
+    if all(path.is_file() for path, _ in drawn):
         sheets.save_png(
-            folder / "before-after.png", sheets.stack([Image.open(path) for path, _ in sheets], [name for _, name in sheets])
+            folder / "before-after.png", sheets.stack([Image.open(path) for path, _ in drawn], [name for _, name in drawn])
         )
 
 
@@ -122,15 +122,15 @@ def quartiles(error: Tensor, timesteps: Tensor) -> dict[int, float | None]:
 class Log:
     """metrics.jsonl (the same bytes in every run of a recipe) and timing.jsonl (not): losses stay on the device until `flush`."""
 
-    def __init__(self, args, device: torch.device, rows: list[dict], done: int, batch: int):
-        self.args, self.device, self.rows, self.batch = args, device, rows, batch
+    def __init__(self, folder: Path, device: torch.device, rows: list[dict], done: int, batch: int):
+        self.folder, self.device, self.rows, self.batch = Path(folder), device, rows, batch
         self.waiting: list[tuple] = []
         self.seen = [done, time.perf_counter()]
 
     def open(self, done: int) -> None:
         """Drop what a stopped run logged after its last checkpoint; without one, its validation of step 0 too."""
         for name in ("metrics.jsonl", "timing.jsonl"):
-            folders.cut_metrics(self.args.out / name, done or -1)
+            folders.cut_metrics(self.folder / name, done or -1)
 
     def step(self, done: int, error: Tensor, timesteps: Tensor, tile: np.ndarray, grad_norm: Tensor, lr: float, skipped: int) -> None:
         self.waiting.append((done, error, timesteps, tile, grad_norm, lr, skipped))
@@ -155,8 +155,8 @@ class Log:
         seconds = (now - self.seen[1]) / (last - self.seen[0])
         self.waiting, self.seen = [], [last, now]
         memory = devices.peak_mem_gib(self.device)
-        files.append_jsonl(self.args.out / "metrics.jsonl", *rows)
-        files.append_jsonl(self.args.out / "timing.jsonl", {"step": last, "step_ms": 1000 * seconds, "images_per_s": self.batch / seconds,
+        files.append_jsonl(self.folder / "metrics.jsonl", *rows)
+        files.append_jsonl(self.folder / "timing.jsonl", {"step": last, "step_ms": 1000 * seconds, "images_per_s": self.batch / seconds,
                                                             "peak_mem_gib": memory})
         loss = float(np.mean([row["loss"] for row in rows]))
         return f"loss {loss:.4f}, {self.batch / seconds:.1f} images/s, {memory:.1f} GiB" + (f", {rows[-1]['skipped_steps']} skipped" if
@@ -166,7 +166,7 @@ class Log:
         """Log a validation; ValueError if it is not finite. Its time does not count as training time."""
         if not math.isfinite(values["val_loss"]):
             raise ValueError(f"step {done}: validation loss is {values['val_loss']}; nothing was saved over the last checkpoint")
-        files.append_jsonl(self.args.out / "metrics.jsonl", {"step": done, **values})
+        files.append_jsonl(self.folder / "metrics.jsonl", {"step": done, **values})
 
     def restart_clock(self) -> None:
         """Leave out of the timing what has happened since the last flush (validation, samples, checkpoints)."""

@@ -110,7 +110,7 @@ def with_val(data, folder, count):
 def test_latents_have_unit_scale(data, tmp_path):
     """After the export 0.18215 times a training tile's latent mean has mean 0 and deviation 1 in every channel."""
     run("vae", data, tmp_path)
-    from UNKNOWN import to_pixels
+    from lesion.sd.vae import to_pixels
 
     from lesion.mini.unet import load_vae
     images, _ = pretrain.benign_training_tiles(data, 128)

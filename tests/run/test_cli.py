@@ -110,7 +110,7 @@ def test_help_shows_defaults(capsys):
 
 RUN = """
 import sys
-from lesion import cli
+from lesion.run import cli
 def main():
     print("before", flush=True)
     raise eval(sys.argv[1])
@@ -149,7 +149,7 @@ def test_a_bug_keeps_its_traceback():
 def test_control_c():
     """SIGINT ends in exit code 130 and one line."""
     code = (
-        "import time\nfrom lesion import cli\n"
+        "import time\nfrom lesion.run import cli\n"
         "def main():\n    print('up', flush=True)\n    time.sleep(60)\n"
         "cli.run(main, 'draw.py')"
     )
@@ -170,7 +170,7 @@ def test_control_c():
 
 def test_a_closed_pipe_is_not_an_error():
     """`... | head` ends without a traceback."""
-    code = "from lesion import cli\ndef main():\n    while True:\n        print('line')\ncli.run(main, 'draw.py')"
+    code = "from lesion.run import cli\ndef main():\n    while True:\n        print('line')\ncli.run(main, 'draw.py')"
     process = subprocess.Popen(
         [sys.executable, "-c", code], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -224,8 +224,8 @@ def test_provenance(monkeypatch):
 
 def test_peak_memory_is_this_process_own():
     """A small process started by a large one reports its own peak, and half a GiB touched is seen in it."""
-    code = ("import torch; from lesion import runtime; small = runtime.peak_mem_gib(torch.device('cpu')); x = torch.ones(2**27); "
-            "print(small, runtime.peak_mem_gib(torch.device('cpu')))")
+    code = ("import torch; from lesion.run import devices; small = devices.peak_mem_gib(torch.device('cpu')); x = torch.ones(2**27); "
+            "print(small, devices.peak_mem_gib(torch.device('cpu')))")
     here = torch.ones(3 * 2**28)  # 3 GiB, which ru_maxrss of the child would count
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True)
     small, large = map(float, done.stdout.split())

@@ -12,6 +12,7 @@ from PIL import Image
 
 from lesion.lora import formats, layers
 from lesion.run import files
+from lesion.run.optim import warmup_cosine
 from lesion.run.state import load_state
 from lesion.sd import checkpoint
 from lesion.train import setup, watch
@@ -19,7 +20,7 @@ from lesion.train import setup, watch
 
 def a_log(out: Path, done: int = 0) -> watch.Log:
     rows = [{"file_name": f"images/{i}.jpg"} for i in range(3)]
-    return watch.Log(SimpleNamespace(out=out), torch.device("cpu"), rows, done, 2)
+    return watch.Log(out, torch.device("cpu"), rows, done, 2)
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_its_log_again(tmp_path):
@@ -76,14 +77,12 @@ def test_quartiles():
 
 def test_learning_rate():
     """Linear warm-up ends at the peak; constant stays; a cosine would reach 0 one step after the last."""
-    args = SimpleNamespace(warmup_steps=4, schedule="cosine", steps=12)
-    factors = [setup.lr_factor(args, step) for step in range(12)]
+    factors = [warmup_cosine(1.0, step, 12, 4) for step in range(12)]
     assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert factors[8] == pytest.approx(0.5)
-    assert setup.lr_factor(args, 12) == pytest.approx(0, abs=1e-12)
+    assert warmup_cosine(1.0, 12, 12, 4) == pytest.approx(0, abs=1e-12)
     assert all(a > b for a, b in zip(factors[4:], factors[5:]))
-    constant = SimpleNamespace(warmup_steps=0, schedule="constant", steps=12)
-    assert {setup.lr_factor(constant, step) for step in range(12)} == {1.0}
+    assert {warmup_cosine(3e-5, step, 12, 0, "constant") for step in range(12)} == {3e-5}
 
 
 def test_phase_1_refuses_a_text_encoder_lora(tiny, tmp_path):
@@ -93,9 +92,9 @@ def test_phase_1_refuses_a_text_encoder_lora(tiny, tmp_path):
     start = tmp_path / "two.safetensors"
     both = {f"text_encoder.{path}": layers.Factors(torch.zeros(2, 64), torch.zeros(64, 2), 2.0)}
     formats.write(start, both, {})
-    args = SimpleNamespace(phase=1, lora_targets="attention", rank=2, alpha=2.0, seed=0)
+    recipe = SimpleNamespace(phase=1, lora_targets="attention", rank=2, alpha=2.0, seed=0, rates=lambda: {"unet": 1e-3})
     with pytest.raises(ValueError, match="phase 1 would neither train nor save"):
-        setup.add_lora(args, sd, str(start))
+        setup.add_lora(recipe, sd, str(start))
 
 
 @pytest.fixture

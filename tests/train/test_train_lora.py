@@ -199,7 +199,7 @@ def test_fp16_on_the_cpu(tiny, data, tmp_path, monkeypatch):
             calls.append(1)
             return gradient * float("inf") if len(calls) == 5 else gradient
         next(iter(layers.lora_layers(network).values())).lora_up.weight.register_hook(hook)
-    monkeypatch.setattr("lesion.training.layers.inject", inject_and_overflow)
+    monkeypatch.setattr("lesion.train.setup.layers.inject", inject_and_overflow)
     train("--phase", 1, *flags(tiny, data, tmp_path / "r", "--precision", "fp16", "--steps", 20, "--lr", "1e-3"))
     rows = [row for row in files.read_jsonl(tmp_path / "r" / "metrics.jsonl") if "loss" in row]
     skipped = [row["skipped_steps"] for row in rows]  # the first steps may overflow by themselves: the scale starts at 65536
