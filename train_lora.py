@@ -164,8 +164,9 @@ def train(flags: dict, out: Path | None, resume: bool) -> None:
     start = done
     for step in range(start, recipe.steps):
         # [learning rate] warm-up, then constant or a cosine; the text encoder may have a budget of steps of its own
+        share = warmup_cosine(1.0, step, recipe.steps, recipe.warmup_steps, recipe.schedule)
         for group in optimizer.param_groups:
-            group["lr"] = warmup_cosine(group["peak_lr"], step, recipe.steps, recipe.warmup_steps, recipe.schedule)
+            group["lr"] = group["peak_lr"] * share
         if recipe.phase == 2 and step == max(recipe.text_encoder_steps or recipe.steps, start):
             for p in layers.lora_parameters(sd.text_encoder):
                 p.requires_grad_(False)
