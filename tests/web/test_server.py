@@ -171,7 +171,7 @@ def test_addresses_to_open():
 
 PROGRAM = """
 import time
-from lesion import cli
+from lesion.run import cli
 from lesion.web import server
 def main():
     app = server.create_app("test")
