@@ -237,6 +237,7 @@ def order_of(study: dict, number: int) -> list[str]:
 
 
 def journal_path(folder: Path, reader: dict) -> Path:
+    """Where a reader (an entry of study["readers"]) has their journal."""
     return Path(folder) / "answers" / f"{reader['name']}.jsonl"
 
 
@@ -332,4 +333,5 @@ def as_arrays(study: dict, table: list[dict]) -> dict:
 
 
 def now() -> str:
+    """The time for a row: UTC, ISO 8601, to the millisecond."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")

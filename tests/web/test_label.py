@@ -17,7 +17,7 @@ from lesion.describe.prompts import NAMES, VOCABULARY, from_sentence, to_sentenc
 from lesion.mini.phantoms import write_demo
 from lesion.run import files
 from lesion.stats.readers import cohen_kappa
-from lesion.web import label, label_desk, label_folder
+from lesion.web import label, label_compare, label_desk, label_export, label_folder
 from lesion.web.journal import Journal, read_journal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -390,7 +390,7 @@ def test_agreement_is_cohens_kappa(data):
     anna.post("answer", tile=0, revision=2, answers={"edge": "sharp"})
     ben.post("answer", tile=0, revision=2, answers={"edge": "sharp"})
     ben.undo()
-    table = {row["attribute"]: row for row in label_folder.agreement(data)}
+    table = {row["attribute"]: row for row in label_compare.agreement(data)}
     p_o, p_e = 3 / 5, (3 * 1 + 2 * 3 + 0 * 1) / 25
     assert table["skin_tone"]["tiles"] == 5
     assert table["skin_tone"]["agree"] == pytest.approx(p_o)
@@ -416,10 +416,10 @@ def test_sidecars(data, run_script):
     assert "on dark skin" in rows[0]["text"]
     for row in rows:
         assert (out / Path(row["file_name"]).with_suffix(".txt").name).read_text() == row["text"] + "\n"
-    assert label_folder.export_captions(data, rows) == MALIGNANT
+    assert label_export.export_captions(data, rows) == MALIGNANT
     assert (data / rows[0]["file_name"]).with_suffix(".txt").exists()
     with pytest.raises(ValueError, match="two pictures"):
-        label_folder.export_captions(data, [rows[0], rows[0] | {"file_name": "b/" + Path(rows[0]["file_name"]).name}], out)
+        label_export.export_captions(data, [rows[0], rows[0] | {"file_name": "b/" + Path(rows[0]["file_name"]).name}], out)
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
