@@ -295,7 +295,7 @@ def _reference(rows: list[dict], staging: Path, args) -> dict | None:
 
 def _recorded(out: Path) -> dict:
     path = out / "dataset.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _check_out(out: Path, overwrite: bool) -> None:

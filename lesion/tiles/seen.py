@@ -40,7 +40,7 @@ def files_of_lora(lora: Path) -> list[dict] | None:
     """The tiles that a LoRA file of a run folder (or of its checkpoints/) has seen; None if the file stands elsewhere."""
     for folder in (lora.parent, lora.parent.parent):
         if (folder / "train_files.json").is_file():
-            return json.loads((folder / "train_files.json").read_text())
+            return json.loads((folder / "train_files.json").read_text(encoding="utf-8"))
     return None
 
 
@@ -93,7 +93,7 @@ def overlap(seen: list[dict], rows: list[dict], patients: bool = True) -> list[s
 def _loras(folder, rows):
     """(the LoRAs of provenance.json whose tiles are known, what is missing to trust the folder or None)."""
     try:
-        loras = json.loads((folder / "provenance.json").read_text())["loras"]
+        loras = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))["loras"]
         known = {lora["sha256"] for lora in loras}
         complete = [lora for lora in loras if all("file_name" in tile for tile in lora["train_files"] or [{}])]
     except (OSError, ValueError, KeyError, TypeError):
