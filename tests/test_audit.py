@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROWS = [line for line in (ROOT / "docs" / "AUDIT.md").read_text().splitlines() if line.startswith("| ") and not line.startswith("| step")]
+ROWS = [line for line in (ROOT / "docs" / "AUDIT.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("| ") and not line.startswith("| step")]
 
 
 def test_there_are_rows():
@@ -37,5 +38,5 @@ def test_row(row):
     references = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", tests)
     assert references, tests
     for path, name in references:
-        tree = ast.parse((ROOT / path).read_text())
+        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
         assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, f"{path}::{name}"

@@ -247,7 +247,7 @@ def test_measure_all(tmp_path):
 def test_metadata_of_real_rows(shared):
     """Three real rows of Kaggle's table: the clinical diameter gives the size, tbp_lv_Lext/Bext the skin tone, quantiles the
     shape words; without quantiles, or with columns or values missing, less is said and nothing fails."""
-    with open(shared / "isic2024/kaggle_test_metadata_sample.csv", newline="") as file:
+    with open(shared / "isic2024/kaggle_test_metadata_sample.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     plain = [from_metadata(row)[0] for row in rows]
     assert [a["size"] for a in plain] == ["under 3 mm", "under 3 mm", "3 to 4 mm"]
@@ -285,8 +285,8 @@ def real(shared):
     """Measures of 96 real benign training tiles, drawn by seed."""
     folder = shared / "isic2024"
     labels = {row["isic_id"]: float(row["malignant"]) for row in
-              csv.DictReader(io.StringIO((folder / "ISIC_2024_Permissive_Training_GroundTruth.csv").read_text()))}
-    split = csv.DictReader(io.StringIO((folder / "patient_split.csv").read_text()))
+              csv.DictReader(io.StringIO((folder / "ISIC_2024_Permissive_Training_GroundTruth.csv").read_text(encoding="utf-8")))}
+    split = csv.DictReader(io.StringIO((folder / "patient_split.csv").read_text(encoding="utf-8")))
     train = sorted(row["isic_id"] for row in split if row["split"] == "train" and not labels[row["isic_id"]])
     with zipfile.ZipFile(folder / "ISIC_2024_Permissive_Training_Input.zip") as archive:
         members = {name.rsplit("/", 1)[-1][:-4]: name for name in archive.namelist()}

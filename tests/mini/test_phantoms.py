@@ -132,7 +132,7 @@ def test_demo_set(tmp_path):
         assert from_sentence(row["text"]) == (row["label"], row["attributes"])
         assert hashlib.sha256((tmp_path / "a" / row["file_name"]).read_bytes()).hexdigest() == row["sha256"]
         assert (row["source"], row["license"]) == ("phantom", "MIT")
-    record = json.loads((tmp_path / "a" / "dataset.json").read_text())
+    record = json.loads((tmp_path / "a" / "dataset.json").read_text(encoding="utf-8"))
     assert record["color_norm"] == "none"
     assert sum(part["benign"] for part in record["counts"].values()) == 24
 

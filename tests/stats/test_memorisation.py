@@ -17,7 +17,7 @@ NAME = "ISIC_2024_Permissive_Training_Input"
 @pytest.fixture(scope="module")
 def real(shared):
     """(training tiles [1500,128,128,3], held-out tiles of other patients [1400,128,128,3]) uint8."""
-    with open(shared / "isic2024" / "patient_split.csv") as file:
+    with open(shared / "isic2024" / "patient_split.csv", encoding="utf-8") as file:
         split = {row["isic_id"]: row["split"] for row in csv.DictReader(file)}
     sets = {"train": [], "val": []}
     with zipfile.ZipFile(shared / "isic2024" / f"{NAME}.zip") as archive:
