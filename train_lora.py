@@ -79,9 +79,7 @@ def main(argv=None) -> None:
     if args.data == folders.DEMO and not (folders.DEMO / files.MANIFEST).is_file():
         from lesion.mini import phantoms
         print(f"drawing the demo set into {folders.DEMO}", flush=True)
-        bar = cli.progress(total=phantoms.DEMO_TILES, desc="demo set", unit="tile")
-        phantoms.write_demo(folders.DEMO, progress=lambda done: bar.update(done - bar.n))
-        bar.close()
+        phantoms.write_demo(folders.DEMO, progress=cli.progress)
     train(args)
 
 
@@ -92,6 +90,7 @@ def train(args) -> None:
     import numpy as np
     import torch
 
+    from lesion.lora import formats
     from lesion.run import devices
     from lesion.sd import checkpoint, schedule
     from lesion.tiles.seen import files_seen, train_files
@@ -118,7 +117,7 @@ def train(args) -> None:
     parameters = [p for group in groups for p in group["params"]]
     if first_rank:
         folders.open_run(args.out, recipe, args.resume, FREE)
-        seen = files_seen(seen, recipe["init_lora"])
+        seen = files_seen(seen, formats.find(Path(recipe["init_lora"])) if recipe["init_lora"] else None)
         seen and files.write_json(args.out / "train_files.json", seen)
         say(f"{len(tiles.rows)} tiles, {len(held_out.rows)} held out; LoRA of rank {args.rank} on {' and '.join(networks)}"
             f"{', from ' + recipe['init_lora'] if recipe['init_lora'] else ''}: {sum(p.numel() for p in parameters):,} parameters; "

@@ -396,7 +396,7 @@ def test_four_hundred_thousand_tiles(tmp_path):
                 file.write(f"ISIC_{k:07d},IP_{k // 400:04d},{values}\n".encode())
     layouts.write_csv(tmp_path / "ISIC_2024_Training_GroundTruth.csv", ["isic_id", "malignant"],
                       [[f"ISIC_{k:07d}", float(k % 1000 == 7)] for k in range(400_000)])
-    code = ("import resource, sys, time; from lesion.data import prepare; prepare.main(sys.argv[1:]); "
+    code = ("import resource, sys, time; from lesion import prepare; prepare.main(sys.argv[1:]); "
             "print('USED', time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
     start = time.monotonic()
     command = [sys.executable, "-c", code, "--source", tmp_path, "--out", tmp_path / "out", "--prompts", "fixed"]

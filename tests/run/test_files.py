@@ -51,7 +51,7 @@ def test_a_failure_leaves_no_file_where_there_was_none(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from lesion import files
+from lesion.run import files
 with files.atomic_path(sys.argv[1]) as temporary:
     with open(temporary, "wb") as file:
         file.write(b"n" * 100_000)

@@ -10,6 +10,7 @@ from layouts import IDS, LABELS, PATIENTS, TILES
 from lesion import prepare
 from lesion.run import files
 from lesion.tiles import isic, remote
+from lesion.tiles.source import metadata
 
 
 def prepared(source, out, *flags):
@@ -91,7 +92,7 @@ def test_metadata_inside_the_zip_and_a_supplement_beside_it(tmp_path):
     source = isic.open_source(path)
     assert source.patients == PATIENTS
     assert source.lesions[IDS[3]] == "IL_3"
-    details = isic.metadata(source, IDS[:2])
+    details = metadata(source, IDS[:2])
     assert details[IDS[0]] == {"malignant": 1, "patient_id": PATIENTS[IDS[0]], "lesion_id": "IL_0",
                                "tbp_tile_type": "3D: XP", "attribution": layouts.ATTRIBUTION,
                                "copyright_license": "CC-BY"}
