@@ -77,9 +77,7 @@ def main(argv=None) -> None:
     if data == folders.DEMO and not (data / files.MANIFEST).is_file():
         from lesion.mini import phantoms
         print(f"drawing the demo set into {data}", flush=True)
-        bar = cli.progress(total=phantoms.DEMO_TILES, desc="demo set", unit="tile")
-        phantoms.write_demo(data, progress=lambda done: bar.update(done - bar.n))
-        bar.close()
+        phantoms.write_demo(data, progress=cli.progress)
     train({**vars(args), "data": data, "base": base}, args.out, args.resume)
 
 
@@ -89,7 +87,7 @@ def train(flags: dict, out: Path | None, resume: bool) -> None:
     import numpy as np
     import torch
 
-    from lesion.lora import layers
+    from lesion.lora import formats, layers
     from lesion.run import devices
     from lesion.run.optim import warmup_cosine
     from lesion.sd import checkpoint
@@ -124,7 +122,7 @@ def train(flags: dict, out: Path | None, resume: bool) -> None:
     parameters = [p for group in groups for p in group["params"]]
     if first_rank:
         folders.open_run(out, record, resume, FREE)
-        seen = files_seen(seen, record["init_lora"])
+        seen = files_seen(seen, formats.find(Path(record["init_lora"])) if record["init_lora"] else None)
         if seen:
             files.write_json(out / "train_files.json", seen)
         say(f"{len(tiles.rows)} tiles, {len(held_out.rows)} held out; LoRA of rank {recipe.rank} on {' and '.join(networks)}"

@@ -26,6 +26,9 @@ def run(main: Callable[[], None], prog: str) -> None:
     ctrl-C in exit code 130. `LESION_DEBUG=1` shows the traceback instead."""
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` ends quietly
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show does not stop the work
     try:
         main()
     except (ValueError, OSError) as error:

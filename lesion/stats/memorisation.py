@@ -18,8 +18,9 @@ BLOCK = 512        # queries compared at once: [BLOCK, N] distances in float32
 
 
 def views(images: np.ndarray) -> list[np.ndarray]:
-    """The 8 dihedral views of images [M,R,R,...]: view v is v % 4 quarter turns, of the mirrored tile if v >= 4."""
-    return [np.rot90(side, turns, (1, 2)) for side in (images, images[:, :, ::-1]) for turns in range(4)]
+    """The 8 dihedral views of images [M,R,R,...], numbered as in lesion.tiles.views: v % 4 quarter turns, then mirrored if v >= 4."""
+    turned = [np.rot90(images, turns, (1, 2)) for turns in range(4)]
+    return turned + [view[:, :, ::-1] for view in turned]
 
 
 def pixel_vectors(images_u8: np.ndarray) -> np.ndarray:

@@ -168,7 +168,7 @@ def _provenance(real, synthetic, synthetic_rows):
     def manifest(source):
         description = source / "dataset.json"
         return {"manifest_sha256": files.sha256_file(source / files.MANIFEST),
-                "dataset": json.loads(description.read_text()) if description.is_file() else None}
+                "dataset": json.loads(description.read_text(encoding="utf-8")) if description.is_file() else None}
     loras = {json.dumps(row.get("lora_sha256")) for row in synthetic_rows}
     bases = {json.dumps(row.get("base_sha256")) for row in synthetic_rows}
     return {"real": manifest(real), "synthetic": manifest(synthetic), "lora_sha256": sorted(loras),

@@ -16,7 +16,7 @@ NAME = "ISIC_2024_Permissive_Training_Input"
 @pytest.fixture(scope="module")
 def real(shared):
     """(training tiles [1500,128,128,3], held-out tiles of other patients [1400,128,128,3]) uint8."""
-    with open(shared / "isic2024" / "patient_split.csv") as file:
+    with open(shared / "isic2024" / "patient_split.csv", encoding="utf-8") as file:
         split = {row["isic_id"]: row["split"] for row in csv.DictReader(file)}
     sets = {"train": [], "val": []}
     with zipfile.ZipFile(shared / "isic2024" / f"{NAME}.zip") as archive:
@@ -122,11 +122,11 @@ def plain_vector(image):
 
 
 def test_views_are_the_eight_of_the_square():
-    """Eight different views; view v is v % 4 quarter turns, of the mirrored tile from 4 on."""
+    """Eight different views; view v is v % 4 quarter turns, then mirrored from 4 on."""
     image = np.random.default_rng(3).integers(0, 256, (1, 16, 16, 3), dtype=np.uint8)
     seen = memorisation.views(image)
     assert len({view.tobytes() for view in seen}) == 8
-    np.testing.assert_array_equal(seen[5][0], np.rot90(image[0, :, ::-1], 1))
+    np.testing.assert_array_equal(seen[5][0], np.rot90(image[0], 1)[:, ::-1])
 
 
 def test_flat_and_repeated_tiles_are_not_nan():

@@ -341,10 +341,10 @@ def test_a_damaged_line_costs_only_itself(site):
     site.say([])
     site.say("tan")
     site.close()
-    lines = site.journal.path.read_text().split("\n")
+    lines = site.journal.path.read_text(encoding="utf-8").split("\n")
     lines[1] = lines[1][:40]
     lines[2:2] = ['{"event": "answer", "id": "x", "tile": "a", "answers": {"size": "huge"}}', '{"hello": 1}', "[]"]
-    site.journal.path.write_text("\n".join(lines))
+    site.journal.path.write_text("\n".join(lines), encoding="utf-8")
     again = Site(site.folder)
     assert [number for number, _ in again.journal.bad] == [2, 3, 4, 5]
     assert again.desk.tile(1).answers == {"skin_tone": "tan"}
@@ -415,7 +415,7 @@ def test_sidecars(data, run_script):
     rows = [row for row in files.read_manifest(data) if row["label"] == "malignant"]
     assert "on dark skin" in rows[0]["text"]
     for row in rows:
-        assert (out / Path(row["file_name"]).with_suffix(".txt").name).read_text() == row["text"] + "\n"
+        assert (out / Path(row["file_name"]).with_suffix(".txt").name).read_text(encoding="utf-8") == row["text"] + "\n"
     assert label_export.export_captions(data, rows) == MALIGNANT
     assert (data / rows[0]["file_name"]).with_suffix(".txt").exists()
     with pytest.raises(ValueError, match="two pictures"):
@@ -464,7 +464,7 @@ class Process:
 
     def __init__(self, folder, *flags):
         self.process = subprocess.Popen([sys.executable, "-m", "lesion", "label", str(folder), "--port", "0", "--no-browser",
-                                         *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+                                         *flags], cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8")
         for line in self.process.stdout:
             if line.startswith("open http://127.0.0.1:"):
                 self.port = int(line.split(":")[2].split("/")[0])
