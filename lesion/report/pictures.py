@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lesion.describe import prompts
-from lesion.report import page, plots_pictures
+from lesion.report import drop, page, plots_pictures
 from lesion.report import sets as picture_sets
 from lesion.report.page import heading, number, p_value, paragraph, table
 from lesion.run import files
@@ -256,7 +256,7 @@ def _dropped(material, found, out):
     for part in material.synthetic:
         names = [part.rows[i]["file_name"] for i in np.flatnonzero(found[part.name].is_copy)]
         target = out / part.name.replace("/", "-")
-        left = memorisation.drop_copies(part.folder, names, target)
+        left = drop.drop_copies(part.folder, names, target)
         texts.append(f"{part.name} without its {len(names)} {'copy' if len(names) == 1 else 'copies'}: {left} tiles in "
                      f"{target}.")
     return " ".join(texts)

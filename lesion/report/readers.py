@@ -12,7 +12,6 @@ from lesion.report import page, plots
 from lesion.report.page import heading, number, p_value, paragraph, table
 from lesion.run import sheets
 from lesion.stats import readers as reader_study
-from lesion.web import study_folder
 
 METHOD = (
     "Readers saw the tiles one at a time at a fixed size, in an order of their own, all encoded alike, and answered "
@@ -31,6 +30,7 @@ def build(folder: Path) -> tuple[list[dict], dict, dict]:
 
     ValueError if the folder is damaged or no reader has answered enough; a damaged line costs that answer and is named.
     """
+    from lesion.web import study_folder  # the annex that wrote the folder, asked only where there is one
     study, answers, problems = study_folder.read_answers(folder)
     results = reader_study.analyse(**study_folder.as_arrays(study, answers))
     results |= {"settings": study["settings"], "provenance": study["provenance"], "skipped_lines": problems}

@@ -1,4 +1,4 @@
-"""lesion.experiments: the arms' training sets, splits by patient, refused leaks, choices that no order changes."""
+"""lesion.classify.arms: the arms' training sets, splits by patient, refused leaks, choices that no order changes."""
 import json
 
 import pytest
