@@ -1,6 +1,6 @@
 """The machine under a run: device, precision, processes, memory, and random numbers keyed by what they are for.
 
-Proven by tests/run/test_devices.py and tests/train/test_distributed.py.
+Proven by tests/run/test_state.py and tests/train/test_distributed.py.
 """
 
 import contextlib

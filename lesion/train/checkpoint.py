@@ -1,6 +1,6 @@
 """A training run's state: checkpoints that resume to the bit, LoRA files with their metadata.
 
-Proven by tests/train/test_checkpoint.py and tests/train/test_train_lora.py.
+Proven by tests/train/test_train_lora.py.
 """
 
 import json

@@ -1,6 +1,6 @@
 """What watches a run: validation on fixed noise, sample sheets, metrics.jsonl and timing.jsonl, the loss curve.
 
-Proven by tests/train/test_watch.py and tests/train/test_train_lora.py.
+Proven by tests/train/test_setup.py and tests/train/test_train_lora.py.
 """
 import math
 import time
