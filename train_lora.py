@@ -59,6 +59,8 @@ def parse(argv=None):
         "--holdout", type=cli.number(float, low=0, high=0.9), default=0.0, help="share of training patients held back and validated on"
     )
     group = parser.add_argument_group("while it runs")
+    group.add_argument("--recipe", metavar="FILE", help="flags from a JSON or YAML file, as a run's args.json; the line wins")
+    group.add_argument("--log", choices=("none", "tensorboard"), default="none", help="also write curves to RUN/tensorboard")
     group.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
     group.add_argument("--checkpoint-every", type=cli.number(int, low=1), default=100, help="steps between checkpoints")
     group.add_argument("--val-every", type=cli.number(int, low=1), default=100, help="steps between validations")
@@ -67,7 +69,7 @@ def parse(argv=None):
     group.add_argument("--sample-count", type=cli.number(int, low=0), default=8, help="tiles on a sample sheet; 0: none")
     group.add_argument("--sample-steps", type=cli.number(int, low=1, high=1000), default=30, help="DDIM steps of a sample")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    return parser.parse_args(argv)
+    return parser.parse_args(cli.with_recipe(parser, argv))
 
 
 def main(argv=None) -> None:
@@ -145,7 +147,7 @@ def train(flags: dict, out: Path | None, resume: bool) -> None:
     done, skipped = load_checkpoint(out, networks, optimizer, scaler) if resume else (0, 0)
     if done > recipe.steps:
         raise ValueError(f"{out} has done {done} steps already: --steps {recipe.steps} is fewer")
-    log = watch.Log(out, device, tiles.rows, done, batch_size)
+    log = watch.Log(out, device, tiles.rows, done, batch_size, curves=flags["log"] == "tensorboard" and first_rank)
     stopping = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopping.append(True))  # finish the step, checkpoint, leave

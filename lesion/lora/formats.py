@@ -5,7 +5,8 @@ Keys and scales, per layout:
   diffusers  unet.<path>.lora_{A,B}.weight, text_encoder.<path>...; scale alpha/rank baked into B: the file has no place for alpha.
              Read as well: .lora.{down,up}, .lora_linear_layer.{down,up}, .processor.to_q_lora.{down,up}, `lora_adapter_metadata`
   peft       base_model.model.<path>.lora_{A,B}.weight with adapter_config.json beside it
-In memory a LoRA is {"unet.<path>" or "text_encoder.<path>": Factors}. Proven by tests/lora/test_lora_bytes.py, tests/parity/test_lora_files.py.
+In memory a LoRA is {"unet.<path>" or "text_encoder.<path>": Factors}. Proven by tests/lora/test_lora_bytes.py and
+tests/parity/test_lora_files.py.
 """
 import hashlib
 import json
