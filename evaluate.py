@@ -4,10 +4,11 @@
 
 Everything is recomputed from what the other commands wrote (predictions.csv and their like); nothing is trained.
 """
+import json
 from pathlib import Path
 
 from lesion.classify import arms
-from lesion.run import cli
+from lesion.run import cli, files, lock, sums
 
 
 def parse(argv=None):
@@ -39,6 +40,15 @@ def main(argv=None) -> None:
         raise ValueError("--synthetic DIR is compared with real tiles: give --data, the data set its LoRA learnt from")
     if (args.runs or args.drop_copies) and not args.synthetic:
         raise ValueError("--runs and --drop-copies concern synthetic tiles: give --synthetic DIR too")
+    for folder in [args.classify, *(args.synthetic or [])]:
+        if folder:
+            sums.require(folder)
+    with lock.owner(args.out, beside=True):
+        report(args)
+
+
+def report(args) -> None:
+    """Compute everything, then write it."""
     from lesion.report import classification, page, pictures, plots, readers
     blocks, results, figures = [], {}, {}
 
@@ -54,9 +64,12 @@ def main(argv=None) -> None:
         blocks, results, figures = blocks + part, results | {"readers": found}, figures | drawn
 
     # Nothing is written before everything has been computed.
+    sums.begin(args.out)
+    files.write_json(args.out / "args.json", {name: json.loads(json.dumps(value, default=str)) for name, value in vars(args).items()})
     for stem, figure in figures.items():
         plots.save(figure, args.out / "figures", stem)
     page.write(args.out, args.title, blocks, results)
+    sums.write(args.out)
     if args.synthetic:
         print(*pictures.findings(results["pictures"]), sep="\n")
     if args.classify:

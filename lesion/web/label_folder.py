@@ -25,7 +25,7 @@ from itertools import combinations
 from pathlib import Path
 
 from lesion.describe.prompts import NAMES, VOCABULARY, to_sentence, validate
-from lesion.run import files
+from lesion.run import files, sums
 from lesion.web.journal import read_journal
 
 try:
@@ -261,6 +261,7 @@ def sync(folder: Path) -> bool:
         if after == before:
             return False
         files.write_manifest(folder, after)
+        sums.update(folder, files.MANIFEST)
         return True
 
 
