@@ -214,7 +214,7 @@ def describe(args, folds, extra, identity, synthetic, checked):
     from lesion.run import files
     from lesion.run.state import provenance
     path = args.out / "args.json"
-    old = json.loads(path.read_text()) if path.is_file() else {}
+    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     tiles = [[(row["folder"] / row["file_name"]) for row in chosen] for chosen in synthetic]
     sha = files.sha256_json([[files.sha256_file(tile) for tile in chosen] for chosen in tiles]) if checked else None
     known = old.get("synthetic_sha256")

@@ -78,9 +78,7 @@ def main(argv=None) -> None:
     if data == folders.DEMO and not (data / files.MANIFEST).is_file():
         from lesion.mini import phantoms
         print(f"drawing the demo set into {data}", flush=True)
-        bar = cli.progress(total=phantoms.DEMO_TILES, desc="demo set", unit="tile")
-        phantoms.write_demo(data, progress=lambda done: bar.update(done - bar.n))
-        bar.close()
+        phantoms.write_demo(data, progress=cli.progress)
     name = f"{args.label}-phase{args.phase}"
     out = args.out or (folders.newest(f"{name}*", "args.json") if args.resume else None) or folders.next_folder(name)
     with lock.owner(out, wanted=int(os.environ.get("RANK", 0)) == 0), cli.stop_request() as stop:
@@ -91,7 +89,7 @@ def train(flags: dict, out: Path, resume: bool, stop: cli.Stop) -> None:
     import numpy as np
     import torch
 
-    from lesion.lora import layers
+    from lesion.lora import formats, layers
     from lesion.run import devices
     from lesion.run.optim import warmup_cosine
     from lesion.sd import checkpoint
@@ -126,7 +124,7 @@ def train(flags: dict, out: Path, resume: bool, stop: cli.Stop) -> None:
     if first_rank:
         folders.open_run(out, record, resume, FREE)
         sums.begin(out)
-        seen = files_seen(seen, record["init_lora"])
+        seen = files_seen(seen, formats.find(Path(record["init_lora"])) if record["init_lora"] else None)
         if seen:
             files.write_json(out / "train_files.json", seen)
         say(f"{len(tiles.rows)} tiles, {len(held_out.rows)} held out; LoRA of rank {recipe.rank} on {' and '.join(networks)}"
@@ -170,8 +168,9 @@ def train(flags: dict, out: Path, resume: bool, stop: cli.Stop) -> None:
     start = done
     for step in range(start, recipe.steps):
         # [learning rate] warm-up, then constant or a cosine; the text encoder may have a budget of steps of its own
+        share = warmup_cosine(1.0, step, recipe.steps, recipe.warmup_steps, recipe.schedule)
         for group in optimizer.param_groups:
-            group["lr"] = warmup_cosine(group["peak_lr"], step, recipe.steps, recipe.warmup_steps, recipe.schedule)
+            group["lr"] = group["peak_lr"] * share
         if recipe.phase == 2 and step == max(recipe.text_encoder_steps or recipe.steps, start):
             for p in layers.lora_parameters(sd.text_encoder):
                 p.requires_grad_(False)

@@ -14,6 +14,7 @@ COMMANDS = {
     "study": ("lesion.web.study", "ask readers which tiles are real"),
     "pretrain": ("lesion.mini.pretrain", "train the built-in base model"),
     "bench": ("lesion.bench.measure", "measure training and generation"),
+    "tour": ("lesion.mini.tour", "the whole idea in minutes: demo tiles, LoRA, synthetic tiles, arms, report"),
 }
 
 

@@ -32,6 +32,9 @@ def run(main: Callable[[], None], prog: str) -> None:
     """Call `main`; what a user can cause (ValueError, a missing or unreadable file, a full disk) ends in one line and exit code
     2, ctrl-C in exit code 130, SIGTERM in 143. `LESION_DEBUG=1` shows the traceback instead."""
     code = 0
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show does not stop the work
     with _handlers({"SIGTERM": _terminate, "SIGPIPE": signal.SIG_DFL}):  # `... | head` ends quietly
         try:
             main()

@@ -72,7 +72,7 @@ def peak_mem_gib(where: torch.device) -> float:
         return torch.cuda.max_memory_allocated(where) / 2**30
     status = Path("/proc/self/status")
     if status.is_file():
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**20
+        return int(status.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30 if resource else 0.0  # bytes on macOS
 
 

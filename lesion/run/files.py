@@ -118,7 +118,8 @@ def read_json(path: Path) -> dict:
 
 def append_jsonl(path: Path, *rows: dict) -> None:
     """Append rows to a JSON-lines file and fsync. A torn last line left by a crash is cut off first; a whole one that
-    only lacks its newline (an editor's work) gets it."""
+    only lacks its newline (an editor's work) gets it. For what a machine writes and can write again; people's answers
+    are never cut: lesion.web.journal."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()

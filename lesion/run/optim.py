@@ -15,8 +15,7 @@ def warmup_cosine(peak: float, step: int, steps: int, warmup_steps: int, schedul
         return peak * (step + 1) / warmup_steps
     if schedule == "constant":
         return peak
-    done = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return peak * 0.5 * (1 + math.cos(min(math.pi, math.pi * (step - warmup_steps) / max(1, steps - warmup_steps))))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

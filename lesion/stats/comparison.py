@@ -44,12 +44,11 @@ def _arm(seeds, drawn, carriers, healthy, resamples, seed):
     weights = inference.seed_resamples(len(seeds), resamples, seed)
     plain = [classification.evaluate(run.labels, run.scores, run.thresholds) for run in seeds.values()]
     metrics = {}
-    for name in classification.METRICS:
+    for name, metric in classification.METRICS.items():
         values = np.array([value[name][0] for value in plain])
         distribution = inference.mean_over_seeds(np.concatenate([drawn[k][name] for k in seeds]), weights)
-        ceiling, mean = 0.2 if name == "pauc" else 1.0, values.mean()
-        rate_of = healthy if name.startswith("specificity") else carriers
-        low, high = inference.interval(mean, distribution, carriers, ceiling, rate_of) or (None, None)
+        mean, rate_of = values.mean(), healthy if metric.rate_of == "benign" else carriers
+        low, high = inference.interval(mean, distribution, carriers, metric.ceiling, rate_of) or (None, None)
         metrics[name] = {"mean": _number(mean), "low": low, "high": high, "per_seed": [*map(_number, values)]}
     counts = {name: _mean_counts([classification.confusion(run.labels, run.scores, run.thresholds if chosen else 0.5)
                                   for run in seeds.values()]) for name, chosen in (("50", False), ("chosen", True))}
@@ -98,14 +97,14 @@ def _mcnemar(one, two):
 
 def _adjust(rows):
     """Holm over the contrasts for each metric, and the verdict."""
-    for name in classification.METRICS:
+    for name, metric in classification.METRICS.items():
         cells = [row["metrics"][name] for row in rows]
         tested = [cell for cell in cells if cell["p"] is not None]
         for cell, p in zip(tested, inference.holm([cell["p"] for cell in tested])):
             cell["p_holm"] = p
         for cell in cells:
             cell.setdefault("p_holm", None)
-            cell["verdict"] = verdict(cell["difference"], cell["p_holm"], name in classification.LOWER_IS_BETTER)
+            cell["verdict"] = verdict(cell["difference"], cell["p_holm"], metric.lower_is_better)
 
 
 def verdict(difference: float | None, p_holm: float | None, lower_is_better: bool = False) -> str:

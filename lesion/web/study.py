@@ -19,6 +19,7 @@ EXPECTED_S = 8  # a tile, for the announced duration
 
 
 def parse(argv: list[str]) -> Namespace:
+    """The flags of `python -m lesion study`; exit code 2 with one line for a bad one."""
     parser = cli.Parser(prog="lesion study", description="Ask readers which tiles are real and which synthetic.",
                         formatter_class=HelpFormatter)  # defaults stand in brackets: None means "as the study has it"
     parser.add_argument("folder", type=Path, metavar="DIR", help="study folder: made if new, gone on with if there")
@@ -50,6 +51,7 @@ def parse(argv: list[str]) -> Namespace:
 
 
 def main(argv: list[str]) -> None:
+    """Make or open the study, then serve it until ctrl-C. ValueError for what the folder or the flags do not allow."""
     args = parse(argv)
     with lock.owner(args.folder):
         study(args)

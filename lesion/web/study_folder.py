@@ -170,7 +170,7 @@ def _provenance(real, synthetic, synthetic_rows):
     def manifest(source):
         description = source / "dataset.json"
         return {"manifest_sha256": files.sha256_file(source / files.MANIFEST),
-                "dataset": json.loads(description.read_text()) if description.is_file() else None}
+                "dataset": json.loads(description.read_text(encoding="utf-8")) if description.is_file() else None}
     loras = {json.dumps(row.get("lora_sha256")) for row in synthetic_rows}
     bases = {json.dumps(row.get("base_sha256")) for row in synthetic_rows}
     return {"real": manifest(real), "synthetic": manifest(synthetic), "lora_sha256": sorted(loras),
@@ -239,6 +239,7 @@ def order_of(study: dict, number: int) -> list[str]:
 
 
 def journal_path(folder: Path, reader: dict) -> Path:
+    """Where a reader (an entry of study["readers"]) has their journal."""
     return Path(folder) / "answers" / f"{reader['name']}.jsonl"
 
 
@@ -334,4 +335,5 @@ def as_arrays(study: dict, table: list[dict]) -> dict:
 
 
 def now() -> str:
+    """The time for a row: UTC, ISO 8601, to the millisecond."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -110,9 +110,8 @@ def with_val(data, folder, count):
 def test_latents_have_unit_scale(data, tmp_path):
     """After the export 0.18215 times a training tile's latent mean has mean 0 and deviation 1 in every channel."""
     run("vae", data, tmp_path)
-    from lesion.sd.vae import to_pixels
-
     from lesion.mini.unet import load_vae
+    from lesion.sd.vae import to_pixels
     images, _ = pretrain.benign_training_tiles(data, 128)
     with torch.no_grad():
         mean, _ = load_vae(tmp_path).encode(to_pixels(images[:-8]))

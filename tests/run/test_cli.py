@@ -18,7 +18,7 @@ ENV.pop("LESION_DEBUG", None)
 def child(code, *arguments, **more):
     """Run a few lines of Python beside the package."""
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments], env={**ENV, **more}, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code, *arguments], env={**ENV, **more}, capture_output=True, text=True, timeout=60, encoding="utf-8"
     )
 
 
@@ -159,7 +159,7 @@ def test_control_c():
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler), encoding="utf-8"
     )
     assert process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGINT)
@@ -172,7 +172,7 @@ def test_a_closed_pipe_is_not_an_error():
     """`... | head` ends without a traceback."""
     code = "from lesion.run import cli\ndef main():\n    while True:\n        print('line')\ncli.run(main, 'draw.py')"
     process = subprocess.Popen(
-        [sys.executable, "-c", code], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
     )
     process.stdout.readline()
     process.stdout.close()

@@ -1,5 +1,4 @@
 """Two processes under torchrun (gloo) train as one with the doubled batch, and draw the same images."""
-import json
 import os
 import subprocess
 import sys
@@ -35,7 +34,7 @@ def run(script, *arguments, processes):
         else [sys.executable]
     )
     done = subprocess.run([*launcher, str(ROOT / script), *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=240,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -73,4 +72,4 @@ def test_two_processes_equal_one(tiny, data, tmp_path):
         name = f"malignant-{i:05d}.png"
         assert (tmp_path / "g1" / name).read_bytes() == (tmp_path / "g2" / name).read_bytes()
     assert (tmp_path / "g1" / "metadata.jsonl").read_bytes() == (tmp_path / "g2" / "metadata.jsonl").read_bytes()
-    assert json.loads((tmp_path / "g2" / "provenance.json").read_text())["loras"][0]["train_files"][0]["file_name"] == "images/0.png"
+    assert files.read_json(tmp_path / "g2" / "provenance.json")["loras"][0]["train_files"][0]["file_name"] == "images/0.png"
