@@ -15,12 +15,12 @@ POWER_REACH = 2.80  # 1.96 + 0.84: standard errors of a difference found in 80 %
 SUPPORTED, HARMFUL, UNCLEAR, NO_VALUE = "supported", "harmful", "not distinguishable", "no value"
 
 
-def analyse(runs: dict, contrasts: dict, resamples: int = inference.RESAMPLES, seed: int = 0) -> dict:
+def analyse(runs: dict, contrasts: dict, resamples: int = inference.RESAMPLES, seed: int = 0, progress=None) -> dict:
     """Figures of every arm and every contrast, as JSON-able numbers.
 
     runs: arm -> seed -> an object with labels [n] 0/1, scores [n], thresholds [n], patients [n] or None, tested on the
     same tiles throughout (`lesion.classify.predictions.read_runs`). contrasts: (first, second) -> meaning; those whose arms have
-    a seed in common are made, over the seeds in common.
+    a seed in common are made, over the seeds in common. progress: wraps the iterator over the arms, as tqdm does.
     """
     first = next(iter(next(iter(runs.values())).values()))
     labels, patients = first.labels, first.patients
@@ -28,7 +28,7 @@ def analyse(runs: dict, contrasts: dict, resamples: int = inference.RESAMPLES, s
     units = np.arange(len(labels)) if patients is None else patients
     carriers, healthy = (len(np.unique(units[labels == value])) for value in (1, 0))
     drawn = {arm: {k: inference.bootstrap(labels, [run.scores], [run.thresholds], weights) for k, run in seeds.items()}
-             for arm, seeds in runs.items()}
+             for arm, seeds in (progress(runs.items(), desc="bootstrap", unit="arm") if progress else runs.items())}
     pairs = [(pair, sorted(runs[pair[0]].keys() & runs[pair[1]].keys())) for pair in contrasts
              if pair[0] in runs and pair[1] in runs]
     rows = [_contrast(runs, drawn, pair, common, carriers, resamples, seed) | {"meaning": contrasts[pair]}
