@@ -18,6 +18,7 @@ from lesion.run import cli, lock, sums
 from lesion.tiles import seen
 
 FREE = ("experiments", "seeds", "synthetic", "synthetic_sha256", "checked", "notes", "counts", "device")  # may differ when a run goes on
+STATE = "state.safetensors"
 UNRECORDED = ("out", "resume", "save_weights", "synthetic")
 
 
@@ -117,7 +118,7 @@ def classify(args) -> None:
         folder = args.out / name / f"seed{seed}"
         place = folder / f"fold{fold}" if args.folds else folder
         title = f"{name} seed {seed}{f' fold {fold}' if args.folds else ''}"
-        if (place / "predictions.csv").is_file():
+        if finished(place, title):
             print(f"{title}: done before", flush=True)
         else:
             tiles = images(folds[fold], synthetic[fold])
@@ -129,6 +130,16 @@ def classify(args) -> None:
     if rank == 0:
         sums.write(args.out)
         summarise(args)
+
+
+def finished(place, title):
+    """Whether a run's predictions are there as they were written; where they are not, which is said, it is trained anew."""
+    if not (place / "predictions.csv").is_file() or (place / STATE).is_file():
+        return False  # killed before its hashes were written: they are made again from the last state
+    wrong = sums.problems(place) if (place / sums.NAME).is_file() else []
+    for line in wrong:
+        print(f"{title}: {line}: trained anew", flush=True)
+    return not wrong
 
 
 def read_parts(args):
@@ -259,7 +270,7 @@ def train_one(args, where, arm, seed, fold, place, title, parts, tiles, extra):
         weight_decay=args.weight_decay, weight_power=args.weight_power, precision=args.precision,
         augmentation=args.augmentation if arm.augmented else "none")
     model = network.build(args.arch, args.weights, args.seed + seed).to(where)
-    state = place / "state.safetensors"
+    state = place / STATE
     with cli.progress(total=recipe.steps, desc=title, unit="step") as bar:
         def on_epoch(row):
             bar.update(row["step"] - bar.n)
@@ -271,6 +282,7 @@ def train_one(args, where, arm, seed, fold, place, title, parts, tiles, extra):
         network.save(place / "model.safetensors", model, args.arch, args.image_size)
     files.write_jsonl(place / "metrics.jsonl", rows)
     predictions.write(place / "predictions.csv", parts, *scores, fold=fold if args.folds else None)
+    sums.write(place, but=(STATE, previous_of(state).name))
     for path in (state, previous_of(state)):
         path.unlink(missing_ok=True)
 

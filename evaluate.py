@@ -67,9 +67,10 @@ def report(args, asked: Request, argv=None) -> None:
              *[(name, value) for name, value in (
                  ("Classifier", asked.classify), ("Tiles", asked.data), ("Synthetic", ", ".join(map(str, asked.synthetic))),
                  ("Training", ", ".join(map(str, asked.runs))), ("Study", asked.study)) if value]]
-    made_report = whole.compute(asked, args.drop_copies, [(name, str(value)) for name, value in about], cli.progress)
+    about = [(name, str(value)) for name, value in about]
+    made_report = whole.compute(asked, args.drop_copies, about, cli.progress)
     manifest = {"request": asked.to_json(), "title": args.title, "drop_copies": args.drop_copies and str(args.drop_copies),
-                "read": read, "provenance": made | {"command": command, "made": today()}}
+                "read": read, "about": about, "provenance": made | {"command": command, "made": today()}}
     whole.write(made_report, args.out, args.title, manifest, args.drop_copies)
     print(*made_report.findings(), sep="\n")
     print(f"report: {args.out / 'report.html'}")

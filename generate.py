@@ -278,10 +278,11 @@ def open_folder(out: Path, provenance: dict) -> None:
                 else changed
             )
             raise ValueError(f"{out} holds the images of another call (other {', '.join(what)}): give another --out")
+        if old == json.loads(json.dumps(provenance)):
+            return
     elif out.exists() and any(entry.name[0] != "." for entry in out.iterdir()):
         raise ValueError(f"{out} exists and is not a folder of generate.py: give another --out")
-    else:
-        files.write_json(path, provenance)
+    files.write_json(path, provenance)
 
 
 def keep_whole(out: Path, batches: list[list[dict]]) -> list[tuple[str, str]]:
@@ -292,7 +293,7 @@ def keep_whole(out: Path, batches: list[list[dict]]) -> list[tuple[str, str]]:
     have = {row["file_name"]: row for row in files.read_jsonl(path)} if path.is_file() else {}
     wrong, again = [], []
     for some in batches:
-        states = {row["file_name"]: state_of(out / row["file_name"], have.get(row["file_name"])) for row in some}
+        states = {row["file_name"]: state_of(out / row["file_name"], row, have.get(row["file_name"])) for row in some}
         wrong += [(name, state) for name, state in states.items() if state and name in have]
         again += states if any(state is not None for state in states.values()) else []
     for name in again:
@@ -302,13 +303,15 @@ def keep_whole(out: Path, batches: list[list[dict]]) -> list[tuple[str, str]]:
     return wrong
 
 
-def state_of(picture: Path, row: dict | None) -> str | None:
-    """What is wrong with a picture: None if it is as its row says."""
+def state_of(picture: Path, row: dict, listed: dict | None) -> str | None:
+    """What is wrong with a picture: None if it is as the manifest lists it, and listed as it shall be drawn."""
     if not picture.is_file():
         return "is missing"
-    if row is None or "sha256" not in row:
+    if listed is None or "sha256" not in listed:
         return "has no recorded SHA-256"
-    return None if files.sha256_file(picture) == row["sha256"] else "is not the picture that was drawn (its SHA-256 differs)"
+    if listed != json.loads(json.dumps(row)) | {"sha256": listed["sha256"]}:
+        return f"is not listed in {files.MANIFEST} as it was drawn"
+    return None if files.sha256_file(picture) == listed["sha256"] else "is not the picture that was drawn (its SHA-256 differs)"
 
 
 def write_rows(out: Path, rows: list[dict], final: bool) -> None:

@@ -27,9 +27,9 @@ def artefacts(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def write(folder: Path) -> None:
-    """Write `folder`/SHA256SUMS over all its artefacts, atomically."""
-    _write(folder, {name: files.sha256_file(Path(folder) / name) for name in artefacts(folder)})
+def write(folder: Path, but: tuple[str, ...] = ()) -> None:
+    """Write `folder`/SHA256SUMS over all its artefacts but those named, atomically."""
+    _write(folder, {name: files.sha256_file(Path(folder) / name) for name in artefacts(folder) if name not in but})
 
 
 def update(folder: Path, *names: str) -> None:
@@ -79,8 +79,9 @@ def require(folder: Path, names: Iterable[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def over(folder: Path, wanted: bool = True):
-    """The hashes of `folder` are void while the block changes it, and written when it ends well."""
+    """The hashes of `folder` are checked, then void while the block changes it, and written when it ends well."""
     if wanted:
+        require(folder)
         begin(folder)
     yield
     if wanted:
