@@ -15,7 +15,7 @@ from pathlib import Path
 from lesion.classify import arms
 from lesion.report import request
 from lesion.report.request import Request
-from lesion.run import cli
+from lesion.run import cli, lock, sums
 
 TITLE = "Synthetic skin lesions: are they useful?"
 
@@ -47,6 +47,14 @@ def main(argv=None) -> None:
     """Compute the parts, then put the whole report in its place; ValueError with one line for what is missing."""
     args = parse(argv)
     asked = fill_from_newest(args)
+    for folder in filter(None, (asked.classify, *asked.synthetic)):
+        sums.require(folder)
+    with lock.owner(args.out, beside=True):
+        report(args, asked, argv)
+
+
+def report(args, asked: Request, argv=None) -> None:
+    """Compute everything, then put it in its place as a whole."""
     from lesion.report import whole
     from lesion.run import state
 
@@ -59,11 +67,12 @@ def main(argv=None) -> None:
              *[(name, value) for name, value in (
                  ("Classifier", asked.classify), ("Tiles", asked.data), ("Synthetic", ", ".join(map(str, asked.synthetic))),
                  ("Training", ", ".join(map(str, asked.runs))), ("Study", asked.study)) if value]]
-    report = whole.compute(asked, args.drop_copies, [(name, str(value)) for name, value in about], cli.progress)
+    about = [(name, str(value)) for name, value in about]
+    made_report = whole.compute(asked, args.drop_copies, about, cli.progress)
     manifest = {"request": asked.to_json(), "title": args.title, "drop_copies": args.drop_copies and str(args.drop_copies),
-                "read": read, "provenance": made | {"command": command, "made": today()}}
-    whole.write(report, args.out, args.title, manifest, args.drop_copies)
-    print(*report.findings(), sep="\n")
+                "read": read, "about": about, "provenance": made | {"command": command, "made": today()}}
+    whole.write(made_report, args.out, args.title, manifest, args.drop_copies)
+    print(*made_report.findings(), sep="\n")
     print(f"report: {args.out / 'report.html'}")
     print(f"next: {next_command(asked, args.out)}")
 

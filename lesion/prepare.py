@@ -14,10 +14,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from lesion import __version__
-from lesion.run import cli, files
+from lesion.run import cli, files, lock, sums
 
 FORMAT = 1
-OWN_FILES = {"images", files.MANIFEST, "dataset.json", ".cache"}
+OWN_FILES = {"images", files.MANIFEST, "dataset.json", ".cache", sums.NAME, lock.NAME}
 BENIGN = {"train": 8000, "val": 1000, "test": 2000}
 COLOR_NORMS = "none, grey-world, shades-of-gray, max-rgb, skin-locus"
 MEASURED_BY = ("numpy", "pillow", "scikit-image", "scipy")
@@ -63,6 +63,12 @@ def _count(text: str) -> int | None:
 def main(argv: list[str]) -> None:
     """Source to prepared data set, in order: read, choose, check that it is new, build aside, rename into place."""
     args = parse(argv)
+    with lock.owner(args.out, beside=True):
+        prepare(args)
+
+
+def prepare(args) -> None:
+    """Read, choose, build beside --out, rename into place."""
     from lesion.tiles import colour, isic
     from lesion.tiles.source import metadata
     colour.check(args.color_norm)
@@ -86,7 +92,9 @@ def main(argv: list[str]) -> None:
     try:
         record = build(source, details, split, args, staging)
         files.write_json(staging / "dataset.json", {**record, "key": key})
-        _swap(staging, args.out)
+        sums.write(staging)
+        with lock.owner(args.out, wanted=args.out.exists()):  # nobody labels what is replaced
+            _swap(staging, args.out)
     except BaseException:
         if source.remote:
             print(f"what was fetched is kept in {staging}; the same command goes on from there")

@@ -5,11 +5,13 @@ right amount of texture. Stage unet (lesion/mini/unet.py): tokenizer, text encod
 Both are resumable to the bit: every random number is keyed by (seed, step). Proven by tests/mini/test_pretrain.py.
 """
 import json
+import sys
 import time
 from pathlib import Path
 
-from lesion.run import cli, files
+from lesion.run import cli, files, folders, lock, sums
 
+FREE = ("data", "out", "resume", "change_flags", "stop_at", "stop_after_minutes", "checkpoint_every", "features", "samples")
 VAE_WIDTHS, GROUPS = (16, 48, 80, 96), 8
 CHECK_TILES = 256  # training tiles held back to watch the loss; `val` is never opened here
 
@@ -22,6 +24,7 @@ def parse(argv: list[str]):
     group.add_argument("--out", type=Path, required=True, help="folder of the model: SD 1.5's layout, checkpoints, logs, samples")
     group.add_argument("--stage", choices=("vae", "unet", "check"), required=True, help="vae, then unet (reads OUT/vae); check measures")
     group.add_argument("--resume", action="store_true", help="go on from OUT's newest checkpoint")
+    group.add_argument("--change-flags", action="store_true", help="with --resume: the recipe may differ from the checkpoint's")
     group = parser.add_argument_group("recipe")
     group.add_argument(
         "--steps", type=cli.number(int, low=1), default=10000, help="optimizer steps; the learning rate falls to 0 at the last"
@@ -51,15 +54,17 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     from lesion.run import devices
     devices.keep_freed_memory()
-    if args.stage == "vae":
-        train_vae(args)
-    elif args.stage == "check":
+    if args.stage == "check":
         from lesion.mini import check, samples
         for row in samples.check(args) if args.samples else [check.check(args)]:
             print(json.dumps(row))
-    else:
-        from lesion.mini import unet
-        unet.train(args)
+        return
+    with lock.owner(args.out), sums.over(args.out):
+        if args.stage == "vae":
+            train_vae(args)
+        else:
+            from lesion.mini import unet
+            unet.train(args)
 
 
 def learning_rate(args, step: int) -> float:
@@ -194,23 +199,39 @@ def save_checkpoint(args, stage: str, model, ema: dict, optimizer, step: int) ->
     from lesion.run.optim import optimizer_tensors
     from lesion.run.state import grouped, save_state
     tensors = grouped(model=model.state_dict(), ema=ema, optimizer=optimizer_tensors(optimizer))
-    save_state(args.out / f"{stage}.checkpoint.safetensors", tensors, {"step": step, "seed": args.seed})
+    save_state(args.out / f"{stage}.checkpoint.safetensors", tensors, {"step": step, "recipe": recipe_of(args)}, keep_last=True)
+
+
+def recipe_of(args) -> dict[str, str]:
+    """The flags that decide the weights."""
+    return {name: str(value) for name, value in sorted(vars(args).items()) if name not in FREE}
 
 
 def resume(args, stage: str, model, ema: dict, optimizer) -> int:
-    """Step to go on from: 0, or the checkpoint's. Refuses to overwrite a checkpoint unless --resume is given."""
+    """Step to go on from: 0, or the newest whole checkpoint's; the log is cut to it. Refuses to overwrite a checkpoint unless
+    --resume is given, and other flags than it was made with unless --change-flags is."""
     from lesion.run.optim import load_optimizer_tensors
-    from lesion.run.state import load_state, of_group
+    from lesion.run.state import fitting, load_newest, of_group, previous_of
     path = args.out / f"{stage}.checkpoint.safetensors"
-    if not path.exists():
-        return 0
-    if not args.resume:
+    if not args.resume and (path.exists() or previous_of(path).exists()):
         raise ValueError(f"{path} exists: give --resume to go on, or another --out")
-    tensors, meta = load_state(path)
-    model.load_state_dict(of_group(tensors, "model"))
-    for key, value in of_group(tensors, "ema").items():
-        ema[key].copy_(value)
-    load_optimizer_tensors(optimizer, of_group(tensors, "optimizer"))
+    found = load_newest(path) if args.resume else None
+    folders.cut_metrics(args.out / f"{stage}.jsonl", found[1]["step"] if found else 0)
+    if found is None:
+        return 0
+    tensors, meta, notes = found
+    with fitting(path):
+        changed = [f"{name} was {meta['recipe'].get(name)}, now {value}" for name, value in recipe_of(args).items()
+                   if meta["recipe"].get(name) != value]
+        model.load_state_dict(of_group(tensors, "model"))
+        averages = of_group(tensors, "ema")
+        for key, value in ema.items():
+            value.copy_(averages[key])
+        load_optimizer_tensors(optimizer, of_group(tensors, "optimizer"))
+    if changed and not args.change_flags:
+        raise ValueError(f"{path} was made with other flags: {', '.join(changed)}; give the same ones, or --change-flags")
+    for note in [*notes, *(f"from step {meta['step']} on: {change}" for change in changed)]:
+        print(note, file=sys.stderr)
     return meta["step"]
 
 
@@ -274,8 +295,9 @@ def export_vae(args, vae, ema: dict, images_u8, rows: list[dict]) -> None:
     """
     import numpy as np
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
+    from lesion.run.state import in_order
     from lesion.sd.vae import LATENT_SCALE, to_pixels
     vae.load_state_dict(ema)
     vae.eval()
@@ -292,8 +314,8 @@ def export_vae(args, vae, ema: dict, images_u8, rows: list[dict]) -> None:
         "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4, "layers_per_block": 2,
         "block_out_channels": list(VAE_WIDTHS), "norm_num_groups": GROUPS, "scaling_factor": LATENT_SCALE, "sample_size": 128,
         "act_fn": "silu", "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4})
-    with files.atomic_path(args.out / "vae" / "diffusion_pytorch_model.safetensors") as path:
-        save_file({key: value.half().contiguous() for key, value in vae.state_dict().items()}, path, metadata=origin(args, rows))
+    weights = save({key: value.half().contiguous() for key, value in vae.state_dict().items()}, metadata=origin(args, rows))
+    files.write_bytes(args.out / "vae" / "diffusion_pytorch_model.safetensors", in_order(weights))
 
 
 def origin(args, rows: list[dict]) -> dict[str, str]:
@@ -302,7 +324,7 @@ def origin(args, rows: list[dict]) -> dict[str, str]:
     made = provenance()
     return {"format": "pt", "lesion_data_sha256": files.sha256_json(sorted(row["file_name"] for row in rows)),
             "lesion_data": f"{len(rows)} benign training tiles", "lesion_git_commit": str(made["git_commit"]),
-            "lesion_recipe": str({k: str(v) for k, v in sorted(vars(args).items()) if k not in ("data", "out", "resume")}),
+            "lesion_recipe": str(recipe_of(args)),
             "lesion_torch": made["torch"], "license": "MIT; trained on images under CC-BY 4.0",
             "attribution": "International Skin Imaging Collaboration. SLICE-3D 2024 Permissive Challenge Dataset, "
                            "https://doi.org/10.34970/2024-slice-3d-permissive (2024), CC-BY 4.0. Images from Memorial Sloan Kettering "

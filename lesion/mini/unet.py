@@ -192,7 +192,9 @@ def sample_sheet(sd, rows, args, path, count: int = 24, guidance_scale: float = 
 
 def export(args, model: Denoiser, ema: dict, rows: list[dict], tokenizer_folder) -> None:
     """Write OUT/unet, OUT/text_encoder, OUT/scheduler and OUT/model_index.json from the averaged weights, float16."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
+
+    from lesion.run.state import in_order
     cross = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
     files.write_json(args.out / "unet" / "config.json", {
         "_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4, "sample_size": 16, "layers_per_block": 2,
@@ -214,5 +216,4 @@ def export(args, model: Denoiser, ema: dict, rows: list[dict], tokenizer_folder)
         "feature_extractor": [None, None], "requires_safety_checker": False})
     for name, stem in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
         state = {key.removeprefix(name + "."): value.half().contiguous() for key, value in ema.items() if key.startswith(name + ".")}
-        with files.atomic_path(args.out / name / f"{stem}.safetensors") as path:
-            save_file(state, path, metadata=pretrain.origin(args, rows))
+        files.write_bytes(args.out / name / f"{stem}.safetensors", in_order(save(state, metadata=pretrain.origin(args, rows))))

@@ -59,8 +59,11 @@ def owner(folder: Path, *, beside: bool = False, shared: bool = False, wanted: b
     folder = Path(folder).resolve()
     place = folder.parent if beside else folder
     new = not place.exists()
-    place.mkdir(parents=True, exist_ok=True)
     path = place / (f".{folder.name}{NAME}" if beside else NAME)
+    if shared and not (place.is_dir() and os.access(place, os.W_OK)):  # who only reads needs no lock to say what is wrong
+        yield
+        return
+    place.mkdir(parents=True, exist_ok=True)
     descriptor = _acquire(path, folder, shared)
     _open.add(descriptor)
     try:
@@ -71,9 +74,10 @@ def owner(folder: Path, *, beside: bool = False, shared: bool = False, wanted: b
                 files.sweep(folder)
         yield
     finally:
-        if not shared:
-            with contextlib.suppress(OSError):  # while it is still ours; Windows keeps an open file
-                path.unlink()
+        with contextlib.suppress(OSError):  # another still shares it; Windows keeps an open file
+            if shared:
+                _lock(descriptor, shared=False)
+            path.unlink()
         _open.discard(descriptor)
         os.close(descriptor)
         if new:

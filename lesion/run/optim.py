@@ -25,13 +25,19 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` took."""
+    """Put back what `optimizer_tensors` took. ValueError for an entry of another shape, name or parameter than this optimizer has."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         number, name = key.split(".", 1)
         state.setdefault(int(number), {})[name] = value
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    names = set().union(*state.values())
+    if odd := [number for number, values in state.items() if number >= count or values.keys() != names]:
+        raise ValueError(f"the optimizer's state of parameter {min(odd)} is not that of the others ({', '.join(sorted(state[min(odd)]))})")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     for parameter, values in optimizer.state.items():  # fused AdamW walks raw memory: moments must lie as their parameter does
         for name, value in values.items():
             if value.shape == parameter.shape:
                 values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            elif value.ndim:
+                raise ValueError(f"the optimizer's {name} has shape {list(value.shape)}, its parameter {list(parameter.shape)}")

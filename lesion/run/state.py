@@ -39,12 +39,23 @@ def save_state(path: Path, tensors: dict[str, Tensor], meta: dict, keep_last: bo
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """safetensors' `save_file`, its errors of the disk as OSError. Of several entries of `metadata` the order is random."""
+    """safetensors' `save_file`, its errors of the disk as OSError. Of several entries of `metadata` the order is random: see
+    `in_order`."""
     try:
         save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:
         full = "code: 28" in str(error) or "StorageFull" in str(error)
         raise OSError(errno.ENOSPC if full else errno.EIO, os.strerror(errno.ENOSPC) if full else str(error), str(path)) from None
+
+
+def in_order(data: bytes) -> bytes:
+    """A safetensors file with its metadata sorted: the library's order is random, and equal runs shall give equal bytes."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + size:]
 
 
 def previous_of(path: Path) -> Path:

@@ -13,7 +13,7 @@ import time
 from argparse import HelpFormatter, Namespace
 from pathlib import Path
 
-from lesion.run import cli
+from lesion.run import cli, lock
 
 SYNC_S = 1.0  # the manifest follows the journal after this, or after ten times what writing it took
 
@@ -49,6 +49,12 @@ def parse(argv: list[str]) -> Namespace:
 def main(argv: list[str]) -> None:
     """Serve the labelling page until ctrl-C, or do the one thing a flag asks for. ValueError for what cannot be."""
     args = parse(argv)
+    with lock.owner(args.data, shared=True):
+        label(args)
+
+
+def label(args: Namespace) -> None:
+    """Bring the manifest up to date, and serve the pages."""
     from lesion.web import label_compare, label_desk, label_export, label_folder, server
     from lesion.web.journal import Journal
     path = label_folder.journal_path(args.data, args.annotator)

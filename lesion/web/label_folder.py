@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lesion.describe.prompts import NAMES, VOCABULARY, to_sentence, validate
-from lesion.run import files
+from lesion.run import files, sums
 from lesion.web.journal import read_journal
 
 try:
@@ -272,6 +272,7 @@ def sync(folder: Path) -> bool:
         if after == before:
             return False
         files.write_manifest(folder, after)
+        sums.update(folder, files.MANIFEST)
         return True
 
 

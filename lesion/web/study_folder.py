@@ -46,8 +46,10 @@ def create(folder: Path, real: Path, synthetic: Path, count: int = 20, label: st
     holds something else, a set has too few readable tiles, or the synthetic tiles differ in size and none is given.
     """
     folder, real, synthetic = Path(folder), Path(real), Path(synthetic)
-    if folder.exists() and any(path.name != "tiles" for path in folder.iterdir()):
+    if folder.exists() and any(path.name != "tiles" and path.name[0] != "." for path in folder.iterdir()):
         raise ValueError(f"{folder} holds other things and no study.json: give a new folder")
+    for left in (folder / "tiles").glob("*.png"):  # of a creation that was killed: their names are of another key
+        left.unlink()
     seed = secrets.randbelow(2 ** 32) if seed is None else seed
     key = secrets.token_bytes(32)
     manifests = {"real": files.read_manifest(real), "synthetic": files.read_manifest(synthetic)}

@@ -105,6 +105,7 @@ def test_a_forked_child_does_not_hold_it(tmp_path):
 
 def test_shared_and_alone(tmp_path):
     """Several labellers share a data set; nobody replaces it meanwhile."""
+    (tmp_path / "data").mkdir()
     process = hold(tmp_path / "data", shared=True)
     try:
         with lock.owner(tmp_path / "data", shared=True):
@@ -114,6 +115,9 @@ def test_shared_and_alone(tmp_path):
     finally:
         process.kill()
         process.wait()
+    with lock.owner(tmp_path / "data", shared=True):
+        pass
+    assert not list((tmp_path / "data").iterdir())
 
 
 def test_beside(tmp_path):
