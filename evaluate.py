@@ -31,6 +31,7 @@ def parse(argv=None):
 
 
 def main(argv=None) -> None:
+    """Compute the parts that were asked for, then write them; ValueError with one line for what is missing."""
     args = parse(argv)
     if not (args.classify or args.study or args.synthetic):
         raise ValueError("nothing to report: give --classify RUN (a run folder of classify.py), --synthetic DIR or "
@@ -43,8 +44,8 @@ def main(argv=None) -> None:
     blocks, results, figures = [], {}, {}
 
     if args.synthetic:
-        part, found, drawn = pictures.build(args.synthetic, args.data, args.classify, args.runs,
-                                                   args.drop_copies, cli.progress)
+        part, found, drawn = pictures.build(args.synthetic, args.data, args.classify, args.runs, args.drop_copies,
+                                            cli.progress)
         blocks, results, figures = blocks + part, results | {"pictures": found}, figures | drawn
     if args.classify:
         part, found, drawn = classification.build(args.classify, args.data, tuple(args.confusion))

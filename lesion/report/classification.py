@@ -1,7 +1,7 @@
 """The classifier section of the report: what is supported, what is not, and the numbers behind it.
 
 Every sentence is derived from the numbers of `lesion.stats.comparison.analyse`; the rules that turn a number into a
-word are `comparison.verdict` and `finding`. Proven by tests/test_report_classification.py.
+word are `comparison.verdict` and `finding`. Proven by tests/report/test_evaluate_script.py.
 """
 import json
 from pathlib import Path

@@ -1,31 +1,20 @@
 """A report from blocks: one self-contained report.html, the same as report.md, the numbers as results.json.
 
-A block is a dict from `heading`, `paragraph`, `table` or `figure`; sections (lesion/report_*.py) make lists of them.
-Nothing is fetched when the page is read: figures are embedded, there are no scripts. Proven by tests/report/test_page.py.
+A block is a dict from `heading`, `paragraph`, `table` or `figure`; the sections (classification.py, pictures.py,
+readers.py) make lists of them.
+Nothing is fetched when the page is read: figures are embedded, there are no scripts.
+Proven by tests/report/test_page.py.
 """
 import base64
-import html
 import json
 from pathlib import Path
 
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+
 from lesion.run import files
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 60rem; margin: 2rem auto;
-       padding: 0 1rem; }
-h1 { font-size: 1.7rem; line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #bbb; }
-p { max-width: 46rem; } p.lead { font-size: 1.1rem; border-left: 4px solid #0072b2; padding-left: .8rem; }
-.wide { overflow-x: auto; margin: 1.2rem 0; }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-caption, figcaption { text-align: left; font-size: .9rem; color: #444; padding: .3rem 0; max-width: 46rem; }
-th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #555; vertical-align: bottom; }
-td.text, th.text { text-align: left; }
-figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; }
-code { font-size: .9em; overflow-wrap: anywhere; }
-@media print { body { max-width: none; margin: 0; font-size: 11px; } h2 { break-after: avoid; }
-               figure, tr { break-inside: avoid; } .wide { overflow: visible; } }
-"""
+TEMPLATES = Environment(loader=PackageLoader("lesion.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
 def heading(text: str, level: int = 2) -> dict:
@@ -65,32 +54,13 @@ def write(out: Path, title: str, blocks: list[dict], results: dict) -> None:
 
 
 def as_html(out: Path, title: str, blocks: list[dict]) -> str:
-    """The page, with the figures of `out`/figures embedded as SVG."""
-    body = "\n".join(_html(out, block) for block in blocks)
-    title = html.escape(title)
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>'
-            f"<style>{STYLE}</style></head>\n<body><main>\n<h1>{title}</h1>\n{body}\n</main></body></html>\n")
+    """The page (templates/report.html), with the figures of `out`/figures embedded as SVG."""
+    def picture(stem):
+        data = base64.b64encode((out / "figures" / f"{stem}.svg").read_bytes()).decode()
+        return f"data:image/svg+xml;base64,{data}"
 
-
-def _html(out, block):
-    if block["kind"] == "heading":
-        return f"<h{block['level']}>{html.escape(block['text'])}</h{block['level']}>"
-    if block["kind"] == "paragraph":
-        return f"<p{' class=lead' if block['lead'] else ''}>{html.escape(block['text'])}</p>"
-    if block["kind"] == "figure":
-        data = base64.b64encode((out / "figures" / f"{block['stem']}.svg").read_bytes()).decode()
-        return (f'<figure><img alt="{html.escape(block["alt"])}" src="data:image/svg+xml;base64,{data}">'
-                f"<figcaption>{html.escape(block['caption'])}</figcaption></figure>")
-    head = "".join(f"<th scope=col{_left(block, i)}>{html.escape(cell)}</th>" for i, cell in enumerate(block["header"]))
-    rows = "\n".join("<tr>" + "".join(f"<td{_left(block, i)}>{html.escape(cell)}</td>" for i, cell in enumerate(row))
-                     + "</tr>" for row in block["rows"])
-    return (f'<div class="wide"><table><caption>{html.escape(block["caption"])}</caption><thead><tr>{head}</tr></thead>'
-            f"<tbody>\n{rows}\n</tbody></table></div>")
-
-
-def _left(block, column):
-    return " class=text" if column in block["text"] else ""
+    style = Markup(TEMPLATES.get_template("report.css").render())
+    return TEMPLATES.get_template("report.html").render(title=title, blocks=blocks, style=style, picture=picture)
 
 
 def as_markdown(title: str, blocks: list[dict]) -> str:

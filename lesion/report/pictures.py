@@ -162,7 +162,8 @@ def _copies(results):
     held_out = {row.get("held_out") for row in results["sets"]} - {None}
     few = f"The three-sample test rests on {held_out.pop()} held-out tiles of the class." if held_out else \
         "The three-sample test needs at least 10 held-out tiles of the class."
-    how = f"Features: {results['features']}; never a classifier's, as one that was fitted to the training tiles knows them from others."
+    how = (f"Features: {results['features']}; never a classifier's, as one that was fitted to the training tiles knows "
+           "them from others.")
     return [table(f"Copies of any of {results['training']} training tiles: relative distance under "
                   f"{number(limits['pixels'], 2)} by pixels or {number(limits['features'], 2)} by features, set on "
                   f"{results['calibration']} held-out real tiles.", header, rows), paragraph(f"{few} {how}")]
@@ -256,5 +257,6 @@ def _dropped(material, found, out):
         names = [part.rows[i]["file_name"] for i in np.flatnonzero(found[part.name].is_copy)]
         target = out / part.name.replace("/", "-")
         left = memorisation.drop_copies(part.folder, names, target)
-        texts.append(f"{part.name} without its {len(names)} {'copy' if len(names) == 1 else 'copies'}: {left} tiles in {target}.")
+        texts.append(f"{part.name} without its {len(names)} {'copy' if len(names) == 1 else 'copies'}: {left} tiles in "
+                     f"{target}.")
     return " ".join(texts)

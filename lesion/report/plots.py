@@ -1,6 +1,7 @@
 """Figures of the report: told apart without colour (line style, marker, words), readable in print, PNG and SVG.
 
-Colours are Okabe & Ito's. Every function returns a matplotlib figure; `save` writes it. Proven by tests/test_plots.py.
+Colours are those of lesion.run.sheets. Every function returns a matplotlib figure; `save` writes it.
+Proven by tests/report/test_page.py.
 """
 from pathlib import Path
 
@@ -9,12 +10,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from lesion.run import files
+from lesion.run.sheets import BLACK, BLUE, GREY, VERMILION
 
-BLUE, VERMILION, GREEN, ORANGE, SKY, PURPLE, BLACK = (
-    "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#000000")
-GREY = "#666666"
-ARM_STYLE = {"B0": (GREY, "D"), "A1": (SKY, "o"), "W1": (ORANGE, "s"), "S2": (VERMILION, "^"), "S2w": (PURPLE, "v"),
-             "O1": (GREEN, "P")}
 SETTINGS = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10,
             "axes.labelsize": 10, "legend.frameon": False, "svg.hashsalt": "lesion", "savefig.dpi": 160}
 

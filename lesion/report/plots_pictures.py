@@ -8,7 +8,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from lesion.report.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SETTINGS, SKY, VERMILION
+from lesion.report.plots import SETTINGS
+from lesion.run.sheets import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
 
 REAL, BENIGN = (BLUE, "o"), (GREY, "o")
 SETS = ((VERMILION, "^"), (ORANGE, "s"), (PURPLE, "v"), (GREEN, "P"), (SKY, "D"))  # synthetic sets, in order
@@ -88,8 +89,8 @@ def attributes(counts: dict[str, dict[str, list[int]]], values: dict[str, tuple[
                titles: dict[str, str]) -> Figure:
     """Share of each value of each attribute, real beside synthetic.
 
-    counts: set name -> attribute -> tiles with each value; the first set is the real one. values: attribute -> names; titles:
-    attribute -> heading.
+    counts: set name -> attribute -> tiles with each value; the first set is the real one. values: attribute -> names;
+    titles: attribute -> heading.
     """
     with rc_context(SETTINGS):
         columns = 2

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lesion.classify import arms, features
-from lesion.describe import attributes, prompts
+from lesion.describe import adherence, attributes, prompts
 from lesion.run import devices, files
 from lesion.stats import fidelity, inference, memorisation
 from lesion.tiles import seen
@@ -21,23 +21,12 @@ from lesion.tiles.decode import load_tiles, recorded_norm
 CALIBRATION = 1000  # held-out tiles at most: their features are needed in 8 views
 LEAST = 199         # held-out tiles for 1 % false alarms under two measures
 DRAWN = 300         # tiles of a set in a t-SNE map
-ADHERENCE = {       # attribute -> (the measure it should move, its words)
-    "skin_tone": (lambda m: -m["ita"], "typology angle, falling"),
-    "size": (lambda m: m["diameter_mm"], "longest diameter"),
-    "color": (lambda m: sum(place * share for place, share in enumerate(m["colors"].values())), "mean colour, white to black"),
-    "other_colors": (lambda m: sum(share >= attributes.OTHER_COLOR_SHARE for share in m["colors"].values()),
-                     "number of colours"),
-    "symmetry": (lambda m: m["asymmetry"], "asymmetry"),
-    "shape": (lambda m: -m["axis_ratio"], "length over width"),
-    "border": (lambda m: m["irregularity"], "irregularity of the outline"),
-    "edge": (lambda m: m["edge_width_mm"], "width of the edge"),
-}
 
 
 @dataclass
 class Set:
-    """Tiles of one kind: images_u8 [M,R,R,3], their manifest rows, the folder they lie in; features [M,D] for comparing sets,
-    copy_features [M,E] for finding copies."""
+    """Tiles of one kind: images_u8 [M,R,R,3], their manifest rows, the folder they lie in; features [M,D] for
+    comparing sets, copy_features [M,E] for finding copies."""
     name: str
     folder: Path
     images: np.ndarray
@@ -52,8 +41,9 @@ class Set:
 
 @dataclass
 class Material:
-    """Everything that is compared; `notes` are sentences for the report. copy_extractor: as extractor, but never a classifier: one that
-    was fitted to the training tiles sees them otherwise than held-out ones, and the limit for copies rests on those."""
+    """Everything that is compared; `notes` are sentences for the report. copy_extractor: as extractor, but never a
+    classifier: one that was fitted to the training tiles sees them otherwise than held-out ones, and the limit for
+    copies rests on those."""
     label: str
     extractor: features.Extractor
     copy_extractor: features.Extractor
@@ -101,8 +91,8 @@ def gather(folders: list[Path], data: Path, classify: Path | None = None, progre
     order = np.sort(np.random.default_rng(0).permutation(len(unseen.rows))[:CALIBRATION])
     held_out = _subset(unseen, np.flatnonzero(of_class[1]), f"held-out real {label}") if of_class[1].any() else None
     synthetic = [load(name, *pair) for name, *pair in zip(_names(folders), folders, synthetic_rows)]
-    return Material(label, extractor, copy_extractor, _subset(training, np.flatnonzero(of_class[0]), f"real {label}"), held_out,
-                    _subset(training, np.flatnonzero(~of_class[0]), "real, other class"), training,
+    return Material(label, extractor, copy_extractor, _subset(training, np.flatnonzero(of_class[0]), f"real {label}"),
+                    held_out, _subset(training, np.flatnonzero(~of_class[0]), "real, other class"), training,
                     _subset(unseen, order, "calibration"), synthetic, notes)
 
 
@@ -268,7 +258,7 @@ def judge_attributes(material: Material) -> dict:
     sets = [material.real, *material.synthetic]
     measured = {part.name: attributes.measure_all(list(part.images)) for part in sets}
     counts = {name: _counts([attributes.to_attributes(one)[0] for one in tiles]) for name, tiles in measured.items()}
-    asked = {part.name: [adherence(name, part.rows, measured[part.name]) for name in ADHERENCE]
+    asked = {part.name: [adherence.adherence(name, part.rows, measured[part.name]) for name in adherence.MEASURES]
              for part in material.synthetic if any(row.get("attributes") for row in part.rows)}
     return {"counts": counts, "adherence": asked, "color_norm": recorded_norm(material.real.folder)[0]}
 
@@ -281,22 +271,6 @@ def _counts(described):
                             for value in (one[name] if isinstance(one[name], list) else [one[name]]))
             counts[name] = [shown[value] for value in values]
     return counts
-
-
-def adherence(name: str, rows: list[dict], measured: list[dict]) -> dict:
-    """{attribute, measure, n, mean (Spearman), low, high}; tiles without the attribute or without a lesion left out."""
-    measure, words = ADHERENCE[name]
-    pairs = []
-    for row, found in zip(rows, measured):
-        value = (row.get("attributes") or {}).get(name)
-        if value is None or (name != "skin_tone" and found["confidence"].get("mask", 0) < attributes.SEEN) \
-                or (name == "shape" and value == "irregular"):
-            continue
-        order = len(value) if isinstance(value, list) else prompts.NAMES[name].index(value)
-        pairs.append((order, measure(found)))
-    result = fidelity.adherence(*np.array(pairs, float).reshape(-1, 2).T)
-    r, low, high = result or (None, None, None)
-    return {"attribute": name, "measure": words, "n": len(pairs), "mean": r, "low": low, "high": high}
 
 
 # -------------------------------------------------------------------------------- training

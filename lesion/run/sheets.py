@@ -1,4 +1,4 @@
-"""Pictures as files: contact sheets, PNG with text chunks, denoising GIF.
+"""Pictures as files: contact sheets, PNG with text chunks, denoising GIF; the palette of every chart.
 
 Proven by tests/run/test_sheets.py.
 """
@@ -12,6 +12,9 @@ from lesion.run.files import atomic_path
 
 GAP, LINE = 6, 15
 PAPER, INK = (255, 255, 255), (60, 60, 60)
+BLUE, VERMILION, GREEN, ORANGE, SKY, PURPLE, BLACK = (  # Okabe & Ito: told apart by the colour-blind too
+    "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#000000")
+GREY = "#666666"
 
 
 def contact_sheet(images_u8: np.ndarray, columns: int = 8, titles: list[str] | None = None) -> Image.Image:
