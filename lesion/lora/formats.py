@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lesion.lora.layers import Factors
 from lesion.run.files import write_bytes
+from lesion.run.state import in_order
 
 KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
 FORMATS = ("kohya", "diffusers")
@@ -45,17 +46,7 @@ def write(path: Path, factors: dict[str, Factors], metadata: dict[str, str], lay
         else:
             tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up * (alpha / len(down))}
     metadata = {**metadata, "sshs_model_hash": _tensor_hash(save(tensors))} if layout == "kohya" else {"format": "pt", **metadata}
-    write_bytes(path, _in_order(save(tensors, metadata=metadata)))
-
-
-def _in_order(data: bytes) -> bytes:
-    """The same safetensors file with its metadata sorted: the library's order is random, and equal runs shall give equal bytes."""
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:8 + size])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[8 + size:]
+    write_bytes(path, in_order(save(tensors, metadata=metadata)))
 
 
 def _tensor_hash(data: bytes) -> str:

@@ -35,6 +35,16 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise ValueError(f"{path} is damaged or not a saved state ({error})") from None
 
 
+def in_order(data: bytes) -> bytes:
+    """The same safetensors file with its metadata sorted: the library's order is random, and equal runs shall give equal bytes."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + size:]
+
+
 def grouped(**groups: dict[str, Tensor]) -> dict[str, Tensor]:
     """{"<group>.<key>": tensor} of several dicts of tensors, as one file holds them."""
     return {f"{name}.{key}": value for name, tensors in groups.items() for key, value in tensors.items()}
