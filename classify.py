@@ -14,10 +14,11 @@ from datetime import timedelta
 from pathlib import Path
 
 from lesion.classify import arms
-from lesion.run import cli
+from lesion.run import cli, lock, sums
 from lesion.tiles import seen
 
 FREE = ("experiments", "seeds", "synthetic", "synthetic_sha256", "checked", "notes", "counts", "device")  # may differ when a run goes on
+STATE = "state.safetensors"
 UNRECORDED = ("out", "resume", "save_weights", "synthetic")
 
 
@@ -70,6 +71,12 @@ def parse(argv=None):
 
 def main(argv=None) -> None:
     args = parse(argv)
+    with lock.owner(args.out, wanted=int(os.environ.get("RANK", 0)) == 0):
+        classify(args)
+
+
+def classify(args) -> None:
+    """Every run that is not done yet, one after the other."""
     import torch
 
     from lesion.classify import network, predictions
@@ -93,10 +100,14 @@ def main(argv=None) -> None:
     extra = [arms.extra_count(args.ratio, parts.train) for parts in folds]
     synthetic, checked = read_synthetic(args, folds, extra)
     network.build(args.arch, args.weights, args.seed)
+    sums.require(args.data, {row["file_name"] for parts in folds for part in (parts.train, parts.val, parts.test) for row in part})
+    for row in (row for chosen in synthetic for row in chosen):
+        sums.require(row["folder"], [row["file_name"]])
     images = read_images(args, folds, synthetic)
     recipe = describe(args, folds, extra, identity, synthetic, checked)
     if rank == 0:
         folders.open_run(args.out, recipe, args.resume, FREE)
+        sums.begin(args.out)
         for note in recipe["notes"]:
             print(f"note: {note}", flush=True)
     if world > 1:
@@ -107,7 +118,7 @@ def main(argv=None) -> None:
         folder = args.out / name / f"seed{seed}"
         place = folder / f"fold{fold}" if args.folds else folder
         title = f"{name} seed {seed}{f' fold {fold}' if args.folds else ''}"
-        if (place / "predictions.csv").is_file():
+        if finished(place, title):
             print(f"{title}: done before", flush=True)
         else:
             tiles = images(folds[fold], synthetic[fold])
@@ -117,7 +128,18 @@ def main(argv=None) -> None:
     if world > 1:
         torch.distributed.barrier()
     if rank == 0:
+        sums.write(args.out)
         summarise(args)
+
+
+def finished(place, title):
+    """Whether a run's predictions are there as they were written; where they are not, which is said, it is trained anew."""
+    if not (place / "predictions.csv").is_file() or (place / STATE).is_file():
+        return False  # killed before its hashes were written: they are made again from the last state
+    wrong = sums.problems(place) if (place / sums.NAME).is_file() else []
+    for line in wrong:
+        print(f"{title}: {line}: trained anew", flush=True)
+    return not wrong
 
 
 def read_parts(args):
@@ -203,7 +225,7 @@ def describe(args, folds, extra, identity, synthetic, checked):
     from lesion.run import files
     from lesion.run.state import provenance
     path = args.out / "args.json"
-    old = json.loads(path.read_text()) if path.is_file() else {}
+    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     tiles = [[(row["folder"] / row["file_name"]) for row in chosen] for chosen in synthetic]
     sha = files.sha256_json([[files.sha256_file(tile) for tile in chosen] for chosen in tiles]) if checked else None
     known = old.get("synthetic_sha256")
@@ -234,6 +256,7 @@ def train_one(args, where, arm, seed, fold, place, title, parts, tiles, extra):
 
     from lesion.classify import network, predictions
     from lesion.run import files
+    from lesion.run.state import previous_of
     images, labels = (tensor.to(where) for tensor in tiles)
     real, held, tested = len(parts.train), len(parts.val), len(parts.test)
     synthetic = len(images) - real - held - tested
@@ -247,19 +270,21 @@ def train_one(args, where, arm, seed, fold, place, title, parts, tiles, extra):
         weight_decay=args.weight_decay, weight_power=args.weight_power, precision=args.precision,
         augmentation=args.augmentation if arm.augmented else "none")
     model = network.build(args.arch, args.weights, args.seed + seed).to(where)
-    state = place / "state.safetensors"
+    state = place / STATE
     with cli.progress(total=recipe.steps, desc=title, unit="step") as bar:
         def on_epoch(row):
             bar.update(row["step"] - bar.n)
             bar.set_postfix_str(f"loss {row['loss']:.3f} val AUPRC {row['val_auprc']:.3f}")
         train, held_back = (network.Pool(images, labels, part) for part in (torch.tensor(order), val))
-        rows = network.fit(model, train, held_back, recipe, args.seed + seed, arm.weighted, state, on_epoch)
+        rows = network.fit(model, train, held_back, recipe, args.seed + seed, arm.weighted, state, on_epoch, bar.write)
     scores = [network.predict(model, images, part, args.precision) for part in (val, test)]
     if args.save_weights == "all" or (args.save_weights == "first" and seed == 0):
         network.save(place / "model.safetensors", model, args.arch, args.image_size)
     files.write_jsonl(place / "metrics.jsonl", rows)
     predictions.write(place / "predictions.csv", parts, *scores, fold=fold if args.folds else None)
-    state.unlink(missing_ok=True)
+    sums.write(place, but=(STATE, previous_of(state).name))
+    for path in (state, previous_of(state)):
+        path.unlink(missing_ok=True)
 
 
 def summarise(args):

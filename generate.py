@@ -9,10 +9,11 @@ Many GPUs: torchrun --nproc-per-node N generate.py ...
 import argparse
 import json
 import math
+import os
 import re
 from pathlib import Path
 
-from lesion.run import cli, files, folders
+from lesion.run import cli, files, folders, lock, sums
 
 GIF_TILES, GIF_FRAMES = 4, 25
 
@@ -72,7 +73,12 @@ def main(argv=None) -> None:
     args = parse(argv)
     fill_from_newest_run(args)
     folders.fill_recipe(args)
+    with lock.owner(args.out, wanted=int(os.environ.get("RANK", 0)) == 0):
+        generate(args)
 
+
+def generate(args) -> None:
+    """Load, merge, draw, write: in this order."""
     import torch
 
     from lesion.lora import formats, layers
@@ -87,6 +93,8 @@ def main(argv=None) -> None:
     # --- base and LoRA: read, checked, summed, merged ---
     sd = checkpoint.load(args.base, device, devices.DTYPES[args.precision], args.tokenizer)
     networks = {"unet": sd.unet, "text_encoder": sd.text_encoder}
+    for path in (formats.find(path) for path, _ in args.lora):
+        sums.require(path.parent, [path.name])
     loras = [(formats.find(path), weight, *formats.read(path, networks)) for path, weight in args.lora]
     combined = layers.combine([(factors, weight) for _, weight, factors, _ in loras])
     for name, network in networks.items():
@@ -135,8 +143,12 @@ def main(argv=None) -> None:
              **{key: settings[key] for key in ("negative_prompt", "sampler", "steps", "guidance_scale", "eta", "resolution")},
              "base_sha256": base_sha256, "lora_sha256": hashes[0] if len(hashes) == 1 else hashes or None,
              "attributes": attributes_of(prompt), "source": "synthetic"} for i, prompt in enumerate(prompts)]
+    batches = [rows[start:start + args.batch_size] for start in range(0, len(rows), args.batch_size)]
     if rank == 0:
         open_folder(args.out, {"base": args.base, "base_sha256": base_sha256, "loras": used, "settings": settings})
+        sums.begin(args.out)
+        for name, what in keep_whole(args.out, batches):
+            print(f"{args.out / name} {what}: drawn again")
         print(f"{args.count} tiles of {args.resolution} px into {args.out}; base {args.base}, "
               f"LoRA {', '.join(str(path) for path, *_ in loras) or 'none'}; {device}, {args.precision}", flush=True)
 
@@ -153,7 +165,6 @@ def main(argv=None) -> None:
                              args.sampler, args.steps, args.guidance_scale, args.eta, **more)
 
     # --- draw: batches are fixed by number, so that a resumed call computes what the first would have ---
-    batches = [rows[start:start + args.batch_size] for start in range(0, len(rows), args.batch_size)]
     todo = [some for some in batches[rank::world] if not all((args.out / row["file_name"]).is_file() for row in some)]
     bar = cli.progress(total=sum(map(len, todo)), desc="draw", unit="tile", disable=rank != 0)
     for some in todo:
@@ -181,6 +192,8 @@ def main(argv=None) -> None:
         draw(rows[:GIF_TILES], on_step=keep)
         sheets.save_gif(args.out / "denoising.gif", frames)
         print(f"denoising steps: {args.out / 'denoising.gif'}")
+    if rank == 0:
+        sums.write(args.out)
 
 
 def fill_from_newest_run(args) -> None:
@@ -265,17 +278,49 @@ def open_folder(out: Path, provenance: dict) -> None:
                 else changed
             )
             raise ValueError(f"{out} holds the images of another call (other {', '.join(what)}): give another --out")
+        if old == json.loads(json.dumps(provenance)):
+            return
     elif out.exists() and any(entry.name[0] != "." for entry in out.iterdir()):
         raise ValueError(f"{out} exists and is not a folder of generate.py: give another --out")
-    else:
-        files.write_json(path, provenance)
+    files.write_json(path, provenance)
+
+
+def keep_whole(out: Path, batches: list[list[dict]]) -> list[tuple[str, str]]:
+    """Take out of the folder and its manifest every picture of a batch that is not whole; (name, what is wrong) of those that are
+    listed but not as they were drawn. A batch is whole if each picture has the SHA-256 that its row says: one without a row is a
+    killed call's, whose row was not written yet."""
+    path = out / files.MANIFEST
+    have = {row["file_name"]: row for row in files.read_jsonl(path)} if path.is_file() else {}
+    wrong, again = [], []
+    for some in batches:
+        states = {row["file_name"]: state_of(out / row["file_name"], row, have.get(row["file_name"])) for row in some}
+        wrong += [(name, state) for name, state in states.items() if state and name in have]
+        again += states if any(state is not None for state in states.values()) else []
+    for name in again:
+        (out / name).unlink(missing_ok=True)
+    if any(name in have for name in again):
+        files.write_manifest(out, [row for name, row in have.items() if name not in again])
+    return wrong
+
+
+def state_of(picture: Path, row: dict, listed: dict | None) -> str | None:
+    """What is wrong with a picture: None if it is as the manifest lists it, and listed as it shall be drawn."""
+    if not picture.is_file():
+        return "is missing"
+    if listed is None or "sha256" not in listed:
+        return "has no recorded SHA-256"
+    if listed != json.loads(json.dumps(row)) | {"sha256": listed["sha256"]}:
+        return f"is not listed in {files.MANIFEST} as it was drawn"
+    return None if files.sha256_file(picture) == listed["sha256"] else "is not the picture that was drawn (its SHA-256 differs)"
 
 
 def write_rows(out: Path, rows: list[dict], final: bool) -> None:
-    """Manifest rows of the images that exist: appended as they come, at last written in order (a shorter call keeps a longer one's)."""
+    """Manifest rows of the images that exist, with their SHA-256: appended as they come, at last written in order (a shorter call
+    keeps a longer one's)."""
     path = out / files.MANIFEST
     have = {row["file_name"]: row for row in files.read_jsonl(path)} if path.is_file() else {}
-    fresh = [row for row in rows if row["file_name"] not in have and (out / row["file_name"]).is_file()]
+    fresh = [row | {"sha256": files.sha256_file(out / row["file_name"])} for row in rows
+             if row["file_name"] not in have and (out / row["file_name"]).is_file()]
     if final:
         have |= {row["file_name"]: row for row in fresh}
         files.write_manifest(out, [have[name] for name in sorted(have)])

@@ -7,9 +7,10 @@ Reads a prepared data set (python -m lesion prepare), writes RUN/lora.safetensor
 The loop is in `train`, top to bottom; every random number in it is keyed by (seed, step), so a resumed run equals an uninterrupted one.
 Many GPUs: torchrun --nproc-per-node N train_lora.py ...
 """
+import os
 from pathlib import Path
 
-from lesion.run import cli, files, folders
+from lesion.run import cli, files, folders, lock, sums
 
 FREE = ("steps", "resume", "sample_every", "sample_steps", "val_every", "checkpoint_every", "device", "out")  # may change on --resume
 LOG_EVERY = 10  # steps between reads of the device: the loss is kept there until then
@@ -77,25 +78,24 @@ def main(argv=None) -> None:
     if data == folders.DEMO and not (data / files.MANIFEST).is_file():
         from lesion.mini import phantoms
         print(f"drawing the demo set into {data}", flush=True)
-        bar = cli.progress(total=phantoms.DEMO_TILES, desc="demo set", unit="tile")
-        phantoms.write_demo(data, progress=lambda done: bar.update(done - bar.n))
-        bar.close()
-    train({**vars(args), "data": data, "base": base}, args.out, args.resume)
+        phantoms.write_demo(data, progress=cli.progress)
+    name = f"{args.label}-phase{args.phase}"
+    out = args.out or (folders.newest(f"{name}*", "args.json") if args.resume else None) or folders.next_folder(name)
+    with lock.owner(out, wanted=int(os.environ.get("RANK", 0)) == 0), cli.stop_request() as stop:
+        train({**vars(args), "data": data, "base": base}, out, args.resume, stop)
 
 
-def train(flags: dict, out: Path | None, resume: bool) -> None:
-    import signal
-
+def train(flags: dict, out: Path, resume: bool, stop: cli.Stop) -> None:
     import numpy as np
     import torch
 
-    from lesion.lora import layers
+    from lesion.lora import formats, layers
     from lesion.run import devices
     from lesion.run.optim import warmup_cosine
     from lesion.sd import checkpoint
     from lesion.tiles.seen import files_seen, train_files
     from lesion.train import setup, watch
-    from lesion.train.checkpoint import load_checkpoint, save_checkpoint
+    from lesion.train.checkpoint import Progress, load_checkpoint, lora_of_step, save_checkpoint, write_loras
     from lesion.train.latents import encode, plan
     from lesion.train.step import Batch, Denoiser, adamw, backward, draw_step, update
 
@@ -103,8 +103,6 @@ def train(flags: dict, out: Path | None, resume: bool) -> None:
     rank, world, device = devices.process(flags["device"])
     first_rank = rank == 0
     recipe = setup.Recipe.of_flags(flags, device)
-    name = f"{recipe.label}-phase{recipe.phase}"
-    out = out or (folders.newest(f"{name}*", "checkpoint.safetensors") if resume else None) or folders.next_folder(name)
 
     def say(text: str) -> None:
         if first_rank:
@@ -113,6 +111,7 @@ def train(flags: dict, out: Path | None, resume: bool) -> None:
     def progress(text: str):
         return lambda items, **more: cli.progress(items, **{**more, "desc": text, "unit": "tile", "disable": not first_rank})
     tiles, held_out = setup.tiles_of_class(recipe, say, progress("tiles"))
+    sums.require(recipe.data, [row["file_name"] for row in tiles.rows + held_out.rows])
     sd = checkpoint.load(recipe.base, device, devices.DTYPES[recipe.precision], recipe.tokenizer)
     seen = train_files(recipe.data, tiles.rows)
     earlier = files.read_json(out / "args.json") if resume and (out / "args.json").is_file() else None
@@ -124,7 +123,8 @@ def train(flags: dict, out: Path | None, resume: bool) -> None:
     parameters = [p for group in groups for p in group["params"]]
     if first_rank:
         folders.open_run(out, record, resume, FREE)
-        seen = files_seen(seen, record["init_lora"])
+        sums.begin(out)
+        seen = files_seen(seen, formats.find(Path(record["init_lora"])) if record["init_lora"] else None)
         if seen:
             files.write_json(out / "train_files.json", seen)
         say(f"{len(tiles.rows)} tiles, {len(held_out.rows)} held out; LoRA of rank {recipe.rank} on {' and '.join(networks)}"
@@ -144,28 +144,33 @@ def train(flags: dict, out: Path | None, resume: bool) -> None:
     model = devices.distributed(Denoiser(sd.unet, sd.text_encoder), world, device)
     optimizer = adamw(groups, recipe.lr, recipe.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
-    done, skipped = load_checkpoint(out, networks, optimizer, scaler) if resume else (0, 0)
+    at = load_checkpoint(out, networks, optimizer, scaler, say) if resume else Progress()
+    done = at.done
     if done > recipe.steps:
         raise ValueError(f"{out} has done {done} steps already: --steps {recipe.steps} is fewer")
-    log = watch.Log(out, device, tiles.rows, done, batch_size)
-    stopping = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopping.append(True))  # finish the step, checkpoint, leave
+    log = watch.Log(out, device, tiles.rows, done, batch_size, writes=first_rank)
     if first_rank:
         log.open(done)
+        if done == recipe.steps or (done and not lora_of_step(out, done).is_file()):
+            write_loras(out, recipe, record, networks, done)  # a kill came between the state and these
+        if done and recipe.schedule == "cosine" and earlier["steps"] != recipe.steps:
+            before, now = (warmup_cosine(recipe.lr, done, n, recipe.warmup_steps) for n in (earlier["steps"], recipe.steps))
+            say(f"--steps was {earlier['steps']} and is {recipe.steps}: the cosine is drawn anew over all of them, so at step {done} "
+                f"the learning rate goes from {before:.3g} to {now:.3g}")
     if first_rank and done == 0:
         if validate:
             log.validation(0, validate())
         sample(out / "samples" / "step-000000.png")
 
-    in_a_row = 0
+    stop.patient = True  # from here on a signal lets the step end and be saved
     log.restart_clock()
     bar = cli.progress(total=recipe.steps, initial=done, desc="train", unit="step", disable=not first_rank)
     start = done
     for step in range(start, recipe.steps):
         # [learning rate] warm-up, then constant or a cosine; the text encoder may have a budget of steps of its own
+        share = warmup_cosine(1.0, step, recipe.steps, recipe.warmup_steps, recipe.schedule)
         for group in optimizer.param_groups:
-            group["lr"] = warmup_cosine(group["peak_lr"], step, recipe.steps, recipe.warmup_steps, recipe.schedule)
+            group["lr"] = group["peak_lr"] * share
         if recipe.phase == 2 and step == max(recipe.text_encoder_steps or recipe.steps, start):
             for p in layers.lora_parameters(sd.text_encoder):
                 p.requires_grad_(False)
@@ -185,37 +190,41 @@ def train(flags: dict, out: Path | None, resume: bool) -> None:
 
         # [update] unscale, clip, AdamW; a step that overflowed in fp16 is void
         grad_norm, overflowed = update(optimizer, scaler, parameters, recipe.clip)
-        skipped, in_a_row = skipped + overflowed, (in_a_row + 1) * overflowed
-        if in_a_row == MAX_SKIPPED:
+        done = step + 1
+        at = Progress(done, at.skipped + overflowed, (at.in_a_row + 1) * overflowed)
+        if at.in_a_row >= MAX_SKIPPED:
             raise ValueError(f"step {step}: {MAX_SKIPPED} steps in a row overflowed in fp16; use --precision bf16 or fp32")
 
-        # [book-keeping]
-        done = step + 1
-        last = done == recipe.steps or bool(stopping)
+        # [book-keeping] a signal to one process stops all of them here, a loss that is not finite in one of them at the next check
+        stopped = devices.agree(stop.number, world)
+        last = done == recipe.steps or bool(stopped)
         mine = np.concatenate(mine)
-        log.step(done, torch.cat(errors), draws.timesteps[mine], chosen[step, mine], grad_norm, optimizer.param_groups[0]["lr"], skipped)
+        log.step(done, torch.cat(errors), draws.timesteps[mine], chosen[step, mine], grad_norm, optimizer.param_groups[0]["lr"], at.skipped)
+        if last or done % LOG_EVERY == 0 or done % recipe.checkpoint_every == 0 or done % recipe.val_every == 0:
+            log.check(world)
+            if first_rank:
+                bar.set_postfix_str(log.flush(), refresh=False)
         if first_rank:
             bar.update()
-            if last or done % LOG_EVERY == 0 or done % recipe.checkpoint_every == 0 or done % recipe.val_every == 0:
-                bar.set_postfix_str(log.flush(), refresh=False)
             if validate and (done == recipe.steps or done % recipe.val_every == 0):
                 log.validation(done, validate())
             if done == recipe.steps or done % recipe.sample_every == 0:
                 sample(out / "samples" / f"step-{done:06d}.png")
             if last or done % recipe.checkpoint_every == 0:
-                save_checkpoint(out, recipe, record, networks, optimizer, scaler, done, skipped)
+                save_checkpoint(out, recipe, record, networks, optimizer, scaler, at)
             if not log.waiting:
                 log.restart_clock()
-        if last:  # not `stopping`: a signal during validation or sampling comes too late for this step's checkpoint
+        if last:  # a signal during validation or sampling comes too late for this step's checkpoint
             break
     bar.close()
 
-    if first_rank and done < recipe.steps:
+    if done < recipe.steps:
         say(f"stopped after step {done}; go on with: python train_lora.py --resume --out {out} (and the same flags)")
-        raise KeyboardInterrupt
+        stop.interrupt(stopped)
     if first_rank:
         watch.loss_curve(out / "metrics.jsonl", out / "loss.png")
         watch.before_and_after(out / "samples", recipe.steps)
+        sums.write(out)
         say(f"LoRA: {out / 'lora.safetensors'}\nloss: {out / 'loss.png'}\n"
             f"before and after: {out / 'samples' / 'before-after.png'}\n"
             f"next: python generate.py --lora {out / 'lora.safetensors'} --base {recipe.base} --prompts-from {recipe.data} --count 16")

@@ -13,7 +13,9 @@ COMMANDS = {
     "label": ("lesion.web.label", "describe tiles in the browser: one key an answer"),
     "study": ("lesion.web.study", "ask readers which tiles are real"),
     "pretrain": ("lesion.mini.pretrain", "train the built-in base model"),
+    "verify": ("lesion.report.verify", "recompute every hash and number of what the commands wrote"),
     "bench": ("lesion.bench.measure", "measure training and generation"),
+    "tour": ("lesion.mini.tour", "the whole idea in minutes: demo tiles, LoRA, synthetic tiles, arms, report"),
 }
 
 

@@ -14,10 +14,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from lesion import __version__
-from lesion.run import cli, files
+from lesion.run import cli, files, lock, sums
 
 FORMAT = 1
-OWN_FILES = {"images", files.MANIFEST, "dataset.json", ".cache"}
+OWN_FILES = {"images", files.MANIFEST, "dataset.json", ".cache", sums.NAME, lock.NAME}
 BENIGN = {"train": 8000, "val": 1000, "test": 2000}
 COLOR_NORMS = "none, grey-world, shades-of-gray, max-rgb, skin-locus"
 MEASURED_BY = ("numpy", "pillow", "scikit-image", "scipy")
@@ -25,7 +25,8 @@ REFERENCE_TILES = 1000  # training tiles that define skin-locus's line
 OWN_PLACE = ("malignant", "target", "label", "patient_id", "lesion_id")  # columns that a row has a place of its own for
 
 
-def parse(argv: list[str]):
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The flags."""
     parser = cli.Parser(prog="lesion prepare", description=__doc__.split("\n\n")[0])
     group = parser.add_argument_group("source and result")
     group.add_argument("--source", required=True, metavar="PATH_OR_URL",
@@ -60,8 +61,16 @@ def _count(text: str) -> int | None:
 
 
 def main(argv: list[str]) -> None:
+    """Source to prepared data set, in order: read, choose, check that it is new, build aside, rename into place."""
     args = parse(argv)
+    with lock.owner(args.out, beside=True):
+        prepare(args)
+
+
+def prepare(args) -> None:
+    """Read, choose, build beside --out, rename into place."""
     from lesion.tiles import colour, isic
+    from lesion.tiles.source import metadata
     colour.check(args.color_norm)
     _check_out(args.out, args.overwrite)
     print(f"reading {args.source}", flush=True)
@@ -70,7 +79,7 @@ def main(argv: list[str]) -> None:
     split, ids = choose(source, args)
     for note in source.notes:
         print(f"  {note}")
-    details = isic.metadata(source, ids)
+    details = metadata(source, ids)
     key = files.sha256_json([FORMAT, __version__, args.seed, args.prompts, args.color_norm,
                              [[i, split[i], source.labels[i], source.patients.get(i), source.stamp(i), details[i],
                                source.given.get(i)] for i in ids]])
@@ -83,7 +92,9 @@ def main(argv: list[str]) -> None:
     try:
         record = build(source, details, split, args, staging)
         files.write_json(staging / "dataset.json", {**record, "key": key})
-        _swap(staging, args.out)
+        sums.write(staging)
+        with lock.owner(args.out, wanted=args.out.exists()):  # nobody labels what is replaced
+            _swap(staging, args.out)
     except BaseException:
         if source.remote:
             print(f"what was fetched is kept in {staging}; the same command goes on from there")
@@ -138,7 +149,7 @@ def choose(source, args) -> tuple[dict[str, str], list[str]]:
 
 
 def build(source, details: dict[str, dict], parts: dict[str, str], args, staging: Path) -> dict:
-    """Write images/ and metadata.jsonl to `staging`; returns dataset.json's record. `details`: `isic.metadata`'s."""
+    """Write images/ and metadata.jsonl to `staging`; returns dataset.json's record. `details`: `source.metadata`'s."""
     from lesion.tiles import split
     ids = list(details)
     if not source.remote:
@@ -219,9 +230,7 @@ def describe(rows: list[dict], staging: Path, args) -> None:
     bare = [row for row in rows if not row["attributes"]]
     if args.prompts == "structured" and bare:
         from lesion.describe import attributes
-        with cli.progress(total=len(bare), desc="attributes", unit="tile") as bar:
-            measures = attributes.measure_all([staging / row["file_name"] for row in bare], workers=args.workers,
-                                              progress=lambda done: bar.update())
+        measures = attributes.measure_all([staging / row["file_name"] for row in bare], args.workers, cli.progress)
         quantiles = attributes.metadata_quantiles(row.get("metadata") or {} for row in rows)
         for row, measured in zip(bare, measures):
             row["attributes"], confidence = attributes.describe(measured, row.get("metadata"), quantiles)
@@ -295,7 +304,7 @@ def _reference(rows: list[dict], staging: Path, args) -> dict | None:
 
 def _recorded(out: Path) -> dict:
     path = out / "dataset.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _check_out(out: Path, overwrite: bool) -> None:

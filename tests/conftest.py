@@ -39,5 +39,5 @@ def run_script():
         arguments = [sys.executable, *(["-m", *command[0].split()[1:]] if command[0].startswith("-m ") else
                                        [str(ROOT / command[0])]), *map(str, command[1:])]
         return subprocess.run(arguments, cwd=cwd, timeout=timeout, capture_output=True, text=True,
-                              env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})})
+                              env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}, encoding="utf-8")
     return run

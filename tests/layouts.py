@@ -80,8 +80,8 @@ def unzipped(folder: Path, nested: int = 1) -> Path:
 
 def kaggle(folder: Path, shared: Path, hdf5: bool) -> Path:
     """train-metadata.csv under Kaggle's exact 55-column header, values of Kaggle's own sample rows, and the tiles."""
-    header = (shared / "isic2024" / "kaggle_train_metadata_header.csv").read_text().strip().split(",")
-    with open(shared / "isic2024" / "kaggle_test_metadata_sample.csv", newline="") as file:
+    header = (shared / "isic2024" / "kaggle_train_metadata_header.csv").read_text(encoding="utf-8").strip().split(",")
+    with open(shared / "isic2024" / "kaggle_test_metadata_sample.csv", newline="", encoding="utf-8") as file:
         samples = list(csv.DictReader(file))
     rows = []
     for number, isic_id in enumerate(IDS):
@@ -109,7 +109,7 @@ def class_folders(folder: Path, prefix: str = "", captions: str = "") -> Path:
         place.mkdir(parents=True, exist_ok=True)
         (place / f"{isic_id}.jpg").write_bytes(data)
         if captions:
-            (place / f"{isic_id}{captions}").write_text(FIXED.format(LABELS[isic_id]) + "\n")
+            (place / f"{isic_id}{captions}").write_text(FIXED.format(LABELS[isic_id]) + "\n", encoding="utf-8")
     return folder
 
 
@@ -123,7 +123,7 @@ def imagefolder(folder: Path, table: str = "metadata.jsonl") -> Path:
     if table.endswith(".csv"):
         write_csv(folder / table, list(rows[0]), [list(row.values()) for row in rows])
     else:
-        (folder / table).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / table).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
 
 

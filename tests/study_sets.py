@@ -31,7 +31,7 @@ def real_set(folder: Path, count: int, seed: int = 0) -> Path:
         rows.append({"file_name": f"images/ISIC_{number:07d}.jpg", "text": "", "label": "malignant", "split": "test",
                      "patient_id": f"p{number // 2}", "source": "isic", "license": "CC-BY"})
     files.write_manifest(folder, rows)
-    (folder / "dataset.json").write_text(json.dumps({"format": 1, "name": "small", "color_norm": "none"}))
+    (folder / "dataset.json").write_text(json.dumps({"format": 1, "name": "small", "color_norm": "none"}), encoding="utf-8")
     return folder
 
 

@@ -158,7 +158,7 @@ def test_loras_with_weights(base, networks, tmp_path):
     assert np.abs(both.astype(int) - single.astype(int)).max() > 1
     row = files.read_manifest(tmp_path / "both")[0]
     assert row["lora_sha256"] == [files.sha256_file(tmp_path / f"{name}.safetensors") for name in ("one", "two")]
-    used = json.loads((tmp_path / "both" / "provenance.json").read_text())["loras"]
+    used = json.loads((tmp_path / "both" / "provenance.json").read_text(encoding="utf-8"))["loras"]
     assert [entry["weight"] for entry in used] == [0.5, -0.25]
 
 
@@ -328,7 +328,7 @@ def test_folders_of_others_are_refused(base, lora, tmp_path):
             draw(base, tmp_path / "a", *flags, count=1)
     assert contents(tmp_path / "a") == before
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    (tmp_path / "mine" / "thesis.tex").write_text("precious", encoding="utf-8")
     with pytest.raises(ValueError, match="not a folder of generate.py"):
         draw(base, tmp_path / "mine", count=1)
     assert list(contents(tmp_path / "mine")) == ["thesis.tex"]
@@ -426,7 +426,7 @@ def test_the_newest_run_is_the_default(base, lora, data, tmp_path, monkeypatch, 
     assert f"base {base}, LoRA {run / 'lora.safetensors'}" in capsys.readouterr().out
     out = Path("samples") / "malignant-phase2"
     assert (out / "malignant-00000.png").is_file()
-    used = json.loads((out / "provenance.json").read_text())["loras"][0]
+    used = json.loads((out / "provenance.json").read_text(encoding="utf-8"))["loras"][0]
     assert used["train_files"] == [{"file_name": "0.jpg", "sha256": "00", "patient_id": None}]  # for the leak check
 
 

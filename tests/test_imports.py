@@ -43,7 +43,7 @@ def test_the_walk_sees_every_kind_of_import(tmp_path):
     """Nested, aliased and dynamic imports are all found: otherwise the tests below would prove nothing."""
     file = tmp_path / "x.py"
     file.write_text(
-        "import a.b as c\ndef f():\n    from d import e, f\n    __import__('g')\n    importlib.import_module('h.i')\n"
+        "import a.b as c\ndef f():\n    from d import e, f\n    __import__('g')\n    importlib.import_module('h.i')\n", encoding="utf-8"
     )
     assert imports(file) == {"a.b", "d", "d.e", "d.f", "g", "h.i"}
 
@@ -57,7 +57,7 @@ def test_no_reference_package_at_run_time(path):
 
 def test_the_bench_needs_its_peers_only_when_asked():
     """The one exception imports them inside functions."""
-    top = [node for node in ast.parse(BENCH.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    top = [node for node in ast.parse(BENCH.read_text(encoding="utf-8")).body if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {alias.name for node in top for alias in node.names} | {getattr(node, "module", None) for node in top}
     assert not {str(name).split(".")[0] for name in names} & REFERENCES
 
@@ -144,7 +144,7 @@ LINES = (
 
 def help_of(line: list[str]) -> tuple[int, str, str, float]:
     """(exit code, output, the modules imported, CPU seconds of the child) of `--help`."""
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as out, tempfile.TemporaryFile("w+", encoding="utf-8") as err:
         process = subprocess.Popen(
             [sys.executable, "-X", "importtime", *line, "--help"], cwd=ROOT, stdout=out, stderr=err
         )

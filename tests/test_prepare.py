@@ -62,7 +62,7 @@ def test_the_default_split_keeps_patients_apart_and_classes_in_proportion(tmp_pa
     assert abs(positives["test"] - 8) <= 3
     assert abs(positives["val"] - 3.2) <= 3
     assert {part: len(mine) - positives[part] for part, mine in parts.items()} == {"train": 300, "val": 30, "test": 100}
-    record = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    record = json.loads((tmp_path / "out" / "dataset.json").read_text(encoding="utf-8"))
     assert record["counts"]["test"] == {"benign": 100, "malignant": positives["test"], "patients": len(people["test"])}
     assert [both["patients"] for both in record["overlap"].values()] == [0, 0, 0]
     printed = capsys.readouterr().out
@@ -83,7 +83,7 @@ def test_the_image_split_counts_its_leak(tmp_path, capsys):
                  for row in positives)
     assert leaked > 0
     assert f"{leaked} of 8 malignant test tiles have a patient-mate in training" in capsys.readouterr().out
-    overlap = json.loads((tmp_path / "out" / "dataset.json").read_text())["overlap"]
+    overlap = json.loads((tmp_path / "out" / "dataset.json").read_text(encoding="utf-8"))["overlap"]
     assert overlap["train and test"]["patients"] == \
         len({row["patient_id"] for row in rows if row["split"] == "train"} & {row["patient_id"] for row in test})
 
@@ -176,7 +176,7 @@ def test_planted_copies_across_the_split_are_found(tmp_path):
     plant("COPY_4", lambda p: p.point(lambda v: v * 1.06 + 3))
     rows = [[i, "train" if k < 50 else "val"] for k, i in enumerate(ids)] + [[f"COPY_{k}", "val"] for k in range(5)]
     run(folder, tmp_path / "out", "--split-file", layouts.write_csv(tmp_path / "s.csv", ["isic_id", "split"], rows))
-    overlap = json.loads((tmp_path / "out" / "dataset.json").read_text())["overlap"]["train and val"]
+    overlap = json.loads((tmp_path / "out" / "dataset.json").read_text(encoding="utf-8"))["overlap"]["train and val"]
     assert (overlap["exact"], overlap["near"]) == (1, 4)
     assert {(a, b) for a, b, _ in overlap["pairs"]} == {(ids[k], f"COPY_{k}") for k in range(5)}
 
@@ -220,7 +220,7 @@ def test_another_set_is_refused_the_same_is_kept(tmp_path, capsys):
         run(source, out, *other)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     assert len(run(source, out, *other, "--overwrite")) < len(IDS)
-    (out / "labels.jsonl").write_text("{}\n")
+    (out / "labels.jsonl").write_text("{}\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"holds what prepare did not write \(labels.jsonl\): move it away first"):
         run(source, out, "--split-file", csv, "--overwrite")
     assert (out / "labels.jsonl").exists()
@@ -231,7 +231,7 @@ def test_a_folder_of_other_things_is_refused(tmp_path):
     """--out holding someone's files, or being a file, is refused and left alone; an empty folder is used."""
     source, csv = layouts.official_zip(tmp_path), layouts.split_file(tmp_path)
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    (tmp_path / "mine" / "thesis.txt").write_text("x", encoding="utf-8")
     with pytest.raises(ValueError, match="holds another data set"):
         run(source, tmp_path / "mine", "--split-file", csv)
     with pytest.raises(ValueError, match="is a file: give a folder"):
@@ -299,7 +299,7 @@ def test_unreadable_and_oblong_tiles_are_named(tmp_path, capsys):
     folder = layouts.class_folders(tmp_path / "in")
     paths = sorted(folder.rglob("*.jpg"))
     paths[0].write_bytes(paths[0].read_bytes()[:400])
-    paths[1].write_text("no picture")
+    paths[1].write_text("no picture", encoding="utf-8")
     Image.new("RGB", (60, 40), (200, 150, 120)).save(paths[2])
     csv = layouts.split_file(tmp_path)
     rows = run(folder, tmp_path / "out", "--split-file", csv)
@@ -396,11 +396,11 @@ def test_four_hundred_thousand_tiles(tmp_path):
                 file.write(f"ISIC_{k:07d},IP_{k // 400:04d},{values}\n".encode())
     layouts.write_csv(tmp_path / "ISIC_2024_Training_GroundTruth.csv", ["isic_id", "malignant"],
                       [[f"ISIC_{k:07d}", float(k % 1000 == 7)] for k in range(400_000)])
-    code = ("import resource, sys, time; from lesion.data import prepare; prepare.main(sys.argv[1:]); "
+    code = ("import resource, sys, time; from lesion import prepare; prepare.main(sys.argv[1:]); "
             "print('USED', time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
     start = time.monotonic()
     command = [sys.executable, "-c", code, "--source", tmp_path, "--out", tmp_path / "out", "--prompts", "fixed"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, encoding="utf-8")
     seconds, peak = map(float, done.stdout.rpartition("USED")[2].split())
     print(done.stdout, f"{seconds:.1f} s of CPU, {time.monotonic() - start:.1f} s in all, "
           f"peak {peak * 1024 / 1e9:.2f} GB")

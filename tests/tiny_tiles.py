@@ -49,4 +49,4 @@ def write_synthetic(folder, count: int, train_files: list[dict] | None, lora: st
         keys = ("file_name", "sha256", "patient_id")
         loras = [{"file": "lora.safetensors", "sha256": lora, "weight": 1.0,
                   "train_files": [{key: row[key] for key in keys} for row in train_files]}]
-        (folder / "provenance.json").write_text(json.dumps({"base_sha256": "00", "loras": loras}))
+        (folder / "provenance.json").write_text(json.dumps({"base_sha256": "00", "loras": loras}), encoding="utf-8")

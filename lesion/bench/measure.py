@@ -89,7 +89,7 @@ def compare(args, argv: list[str]) -> None:
         raise ValueError(f"--peer needs the repository's {PEER.relative_to(folders.ROOT)} and requirements-dev.txt")
     flags = [flag for flag in argv if flag not in ("--peer", "diffusers", "--peer=diffusers")]
     commands = {"ours": [sys.executable, "-m", "lesion", "bench", *flags, "--serve"], "peer": [sys.executable, str(PEER), *flags]}
-    sides = {name: subprocess.Popen(command, cwd=folders.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    sides = {name: subprocess.Popen(command, cwd=folders.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
              for name, command in commands.items()}
     times: dict[str, list[float]] = {name: [] for name in sides}
     rounds = args.warmup + (args.steps if args.what == "train" else 3)

@@ -19,11 +19,14 @@ LABELS = ("benign", "malignant")
 
 @dataclass(frozen=True)
 class Arm:
+    """What an arm adds to DS1, how it trains, and what the study found."""
     extra: str | None           # malignant tiles beside DS1: "synthetic", "real" (the same ones a second time) or None
     augmented: bool
     weighted: bool
     published: tuple[float, float, float] | None  # recall, AUROC, AUPRC of the study (79 malignant of 2,079 held out)
     meaning: str
+
+
 ARMS = {
     "B0": Arm(None, False, False, (0.09, 0.887, 0.306), "real tiles only"),
     "A1": Arm(None, True, False, (0.37, 0.862, 0.417), "+ augmentation"),

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lesion.tiles import views
+
 NAMES = ("traditional", "dihedral", "none")
 ANGLE, SCALE, SHIFT, SHEAR = 20.0, 0.15, 0.06, 5.0  # degrees, relative, share of the side, degrees: uniform in +-
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.15, 0.15, 0.15, 0.03  # relative; hue in turns
@@ -26,7 +28,7 @@ def augment(images_u8: Tensor, name: str, generator: torch.Generator) -> Tensor:
         return normalise(images_u8)
     count, where = len(images_u8), images_u8.device
     pixels = images_u8.permute(0, 3, 1, 2)
-    view = torch.randint(8, (count,), generator=generator)
+    view = torch.randint(views.VIEWS, (count,), generator=generator)
     if name == "dihedral":
         return normalise(dihedral(pixels, view.to(where)).permute(0, 2, 3, 1))
     spread = torch.rand(count, 9, generator=generator) * 2 - 1
@@ -44,12 +46,11 @@ def normalise(images_u8: Tensor) -> Tensor:
 
 
 def dihedral(pixels: Tensor, view: Tensor) -> Tensor:
-    """Each of `pixels` [B,C,R,R] in its view 0..7: view % 4 quarter turns, then mirrored if view >= 4; exact."""
+    """Each of `pixels` [B,C,R,R] in its view [B] 0..7 of lesion.tiles.views; exact."""
     out = torch.empty_like(pixels)
-    for number in range(8):
+    for number in range(views.VIEWS):
         chosen = view == number
-        turned = torch.rot90(pixels[chosen], number % 4, (2, 3))
-        out[chosen] = turned.flip(3) if number >= 4 else turned
+        out[chosen] = views.dihedral(pixels[chosen], number)
     return out
 
 

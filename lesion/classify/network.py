@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lesion.classify.augment import augment, normalise
 from lesion.run import devices
 from lesion.run.optim import load_optimizer_tensors, optimizer_tensors, warmup_cosine
-from lesion.run.state import grouped, load_state, of_group, save_state
+from lesion.run.state import fitting, grouped, load_newest, load_state, of_group, save_state
 from lesion.stats import classification
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50")
@@ -115,12 +115,12 @@ def batch_of(order: Tensor, step: int, batch_size: int, seed: int) -> Tensor:
 
 
 def fit(model: nn.Module, train: Pool, validation: Pool, recipe: Recipe, seed: int, weighted: bool, state_path: Path,
-        on_epoch: Callable[[dict], None] = lambda row: None) -> list[dict]:
+        on_epoch: Callable[[dict], None] = lambda row: None, say: Callable[[str], None] = lambda text: None) -> list[dict]:
     """Train `model` in place; it ends with the weights of its best epoch by validation AUPRC (of equals, the first).
 
-    Saves its state in `state_path` after every epoch and goes on from there if the file exists. Returns one row an
-    epoch: step, epoch, loss, lr, val_auprc, val_auroc. Raises ValueError if the loss or a score is not finite, or a
-    class is missing.
+    Saves its state in `state_path` after every epoch, the last one staying as its predecessor, and goes on from the
+    newest whole one; `say` hears of a damaged or missing one. Returns one row an epoch: step, epoch, loss, lr, val_auprc,
+    val_auroc. Raises ValueError if the loss or a score is not finite, or a class is missing.
     """
     where = next(model.parameters()).device
     images, labels, order = train.images_u8, train.labels.to(where), train.order
@@ -129,7 +129,7 @@ def fit(model: nn.Module, train: Pool, validation: Pool, recipe: Recipe, seed: i
     weights = class_weights(labels[order].cpu(), recipe.weight_power if weighted else 0.0).to(where)
     optimizer = torch.optim.AdamW(_groups(model, recipe.weight_decay), lr=recipe.lr)
     scaler = torch.amp.GradScaler(where.type, enabled=recipe.precision == "fp16")
-    step, rows, best = _resume(model, optimizer, scaler, state_path)
+    step, rows, best = _resume(model, optimizer, scaler, state_path, say)
     while step < recipe.steps:
         model.train()
         total = torch.zeros((), dtype=torch.float64, device=where)
@@ -175,18 +175,24 @@ def _groups(model, weight_decay):
 
 def _save(model, optimizer, scaler, best, path, step, rows):
     save_state(path, grouped(model=model.state_dict(), best=best, optimizer=optimizer_tensors(optimizer)),
-               {"step": step, "rows": rows, "scaler": scaler.state_dict()})
+               {"step": step, "rows": rows, "scaler": scaler.state_dict()}, keep_last=True)
 
 
-def _resume(model, optimizer, scaler, path):
-    """(step, rows, best) of the saved state, loaded into the three; (0, [], None) without one."""
-    if not path.is_file():
+def _resume(model, optimizer, scaler, path, say):
+    """(step, rows, best) of the newest saved state, loaded into the three; (0, [], None) without one."""
+    found = load_newest(path)
+    if found is None:
         return 0, [], None
-    tensors, meta = load_state(path)
-    model.load_state_dict(of_group(tensors, "model"))
-    load_optimizer_tensors(optimizer, of_group(tensors, "optimizer"))
-    scaler.load_state_dict(meta["scaler"])
-    return meta["step"], meta["rows"], of_group(tensors, "best")
+    tensors, meta, notes = found
+    for note in notes:
+        say(note)
+    with fitting(path):
+        best = of_group(tensors, "best")
+        model.load_state_dict(best)  # both must fit
+        model.load_state_dict(of_group(tensors, "model"))
+        load_optimizer_tensors(optimizer, of_group(tensors, "optimizer"))
+        scaler.load_state_dict(meta["scaler"])
+        return meta["step"], meta["rows"], best
 
 
 def save(path: Path, model: nn.Module, arch: str, image_size: int) -> None:
@@ -199,9 +205,10 @@ def load(path: Path) -> tuple[nn.Module, int]:
     tensors, meta = load_state(path)
     if "arch" not in meta:
         raise ValueError(f"{path} is not a classifier saved by classify.py")
-    model = build(meta["arch"], "none", 0)
-    model.load_state_dict(tensors)
-    return model, meta["image_size"]
+    with fitting(path):
+        model = build(meta["arch"], "none", 0)
+        model.load_state_dict(tensors)
+        return model, meta["image_size"]
 
 
 @torch.inference_mode()

@@ -298,19 +298,17 @@ def describe(measured: dict, row: dict | None = None, quantiles: dict | None = N
     return attributes, {name: trust[name] for name in attributes}
 
 
-def measure_all(items: Iterable, workers: int = 2, progress: Callable[[int], None] | None = None) -> list[dict]:
-    """`measure` over images_u8 [H,W,3] or paths, in order, in `workers` processes; `progress(done)` is called as they come."""
-    items, out = list(items), []
+def measure_all(items: Iterable, workers: int = 2, progress: Callable | None = None) -> list[dict]:
+    """`measure` over images_u8 [H,W,3] or paths, in order, in `workers` processes; `progress` wraps the iterator as
+    `cli.progress` does."""
+    items = list(items)
     pool = None
     if workers > 1 and len(items) >= 32:
         method = "fork" if sys.platform.startswith("linux") else "spawn"
         pool = ProcessPoolExecutor(workers, get_context(method), initializer=threadpool_limits, initargs=(1,))
     with pool or nullcontext():
-        for result in (pool.map(_measure_one, items, chunksize=16) if pool else map(_measure_one, items)):
-            out.append(result)
-            if progress:
-                progress(len(out))
-    return out
+        done = pool.map(_measure_one, items, chunksize=16) if pool else map(_measure_one, items)
+        return list(progress(done, total=len(items), desc="attributes", unit="tile") if progress else done)
 
 
 def _measure_one(item: np.ndarray | str | Path) -> dict:

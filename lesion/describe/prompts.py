@@ -20,6 +20,7 @@ LABELS = ("benign", "malignant")
 
 @dataclass(frozen=True)
 class Value:
+    """One answer to an attribute's question."""
     name: str    # as stored in `attributes`
     phrase: str  # as the sentence says it
     key: str     # the key that answers it
@@ -28,6 +29,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Attribute:
+    """One question about a tile, and its answers."""
     name: str
     title: str              # the question's heading
     help: str

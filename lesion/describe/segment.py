@@ -14,14 +14,11 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from lesion.tiles.srgb import to_lab
+
 FIELD_MM = 15.0  # an ISIC 2024 tile shows 15 mm x 15 mm whatever its pixel count
 SIDE, HALF = 128, 64
 MM = FIELD_MM / SIDE
-
-_CODE = np.arange(256) / 255
-_LINEAR = np.where(_CODE <= 0.04045, _CODE / 12.92, ((_CODE + 0.055) / 1.055) ** 2.4).astype(np.float32)
-_TO_XYZ = (np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750],
-                     [0.0193339, 0.1191920, 0.9503041]]) / [[0.95047], [1.0], [1.08883]]).T.astype(np.float32)
 
 
 def _grid(side: int) -> tuple[np.ndarray, np.ndarray]:
@@ -48,20 +45,13 @@ class Segment:
     outside: np.ndarray     # bool: no skin
 
 
-def rgb_to_lab(image_u8: np.ndarray) -> np.ndarray:
-    """uint8 sRGB [...,3] -> float32 CIELAB (D65, 2 degrees)."""
-    xyz = _LINEAR[image_u8] @ _TO_XYZ
-    f = np.where(xyz > 216 / 24389, np.cbrt(xyz), xyz * (24389 / 27 / 116) + 16 / 116)
-    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1)
-
-
 def segment(image_u8: np.ndarray) -> Segment:
     """Take a square uint8 RGB tile of any size apart. A tile with no visible lesion gives a low `score` or an empty mask."""
     if image_u8.ndim != 3 or image_u8.shape[2] != 3 or image_u8.dtype != np.uint8:
         raise ValueError(f"a tile is uint8 RGB [H, W, 3], got {image_u8.dtype} {list(image_u8.shape)}")
     if image_u8.shape[:2] != (SIDE, SIDE):
         image_u8 = np.asarray(Image.fromarray(image_u8).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
-    lab = rgb_to_lab(image_u8)
+    lab = to_lab(image_u8)
     outside = _outside(lab)
     hair = _hair(lab[..., 0]) & ~outside
     clean = _fill(lab, outside | hair)

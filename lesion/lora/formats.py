@@ -126,7 +126,7 @@ def _adapter_config(path: Path, metadata: dict[str, str]) -> dict[str, dict]:
     """{"unet": LoraConfig fields, "text_encoder": ...} where the file or its folder says them."""
     beside = path.parent / "adapter_config.json"
     if path.name == "adapter_model.safetensors" and beside.is_file():
-        config = json.loads(beside.read_text())
+        config = json.loads(beside.read_text(encoding="utf-8"))
         return {"unet": config, "text_encoder": config}
     flat = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     return {network: {key.removeprefix(network + "."): value for key, value in flat.items() if key.startswith(network + ".")}

@@ -136,6 +136,20 @@ def set_factors(network: nn.Module, factors: dict[str, Factors]) -> None:
             layer.lora_up.weight.copy_(up)
 
 
+@torch.no_grad()
+def remove(network: nn.Module) -> None:
+    """Put plain layers back in place of the LoRA layers, with the base's weights, bit for bit."""
+    unmerge(network)
+    for path, layer in lora_layers(network).items():
+        kind = nn.Linear if isinstance(layer, LoRALinear) else nn.Conv2d
+        plain = kind.__new__(kind)
+        plain.__dict__ = {**layer.__dict__, "_modules": {}}
+        for name in ("scale", "merged_from"):
+            plain.__dict__.pop(name)
+        parent_path, _, name = path.rpartition(".")
+        network.get_submodule(parent_path).register_module(name, plain)
+
+
 def get_factors(network: nn.Module) -> dict[str, Factors]:
     """{path: Factors} of every LoRA layer, float32 copies."""
     return {path: Factors(layer.lora_down.weight.detach().clone(), layer.lora_up.weight.detach().clone(),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lesion.run import cli, files, folders
 from lesion.run.optim import load_optimizer_tensors, optimizer_tensors, warmup_cosine
-from lesion.run.state import grouped, in_order, load_state, of_group, provenance, save_state
+from lesion.run.state import fitting, grouped, in_order, load_newest, of_group, previous_of, provenance, save_state
 from lesion.tiles.decode import load_tiles
 
 CHECK_TILES = 256  # training tiles held back to watch the loss; `val` is never opened here
@@ -54,7 +54,7 @@ class Sitting:
     out: Path
     start: Path | None
     resume: bool
-    change_recipe: bool
+    change_flags: bool
     checkpoint_every: int
     stop_at: int | None
     stop_after_minutes: float | None
@@ -93,14 +93,16 @@ def train(stage: Stage, recipe: Recipe, sitting: Sitting) -> tuple[dict[str, Ten
     OUT/<stage>.jsonl and OUT/<stage>.checkpoint.safetensors. ValueError if the loss is not finite.
     """
     ema = {key: value.clone() for key, value in stage.model.state_dict().items()}
-    first, sittings = resume(stage, ema, recipe, sitting)
+    bar = cli.progress(total=recipe.steps, desc=stage.name, unit="step")
+    first, sittings = resume(stage, ema, recipe, sitting, bar.write)
+    bar.initial = bar.n = first
     began, last = time.monotonic(), first
-    bar = cli.progress(range(first, recipe.steps), initial=first, total=recipe.steps, desc=stage.name, unit="step")
-    for step in bar:
+    for step in range(first, recipe.steps):
         set_rate(stage, recipe, step)
         losses = stage.losses(step)
         update(stage.optimizer, stage.model, losses["loss"], step)
         ema_update(ema, stage.model, recipe.ema, step)
+        bar.update()
         if step % 50 == 0:
             bar.set_postfix_str(f"loss {losses['loss'].item():.4f}")
         last = step + 1
@@ -114,6 +116,7 @@ def train(stage: Stage, recipe: Recipe, sitting: Sitting) -> tuple[dict[str, Ten
             bar.write(f"step {last}: " + " ".join(f"{key} {value:.3f}" for key, value in quality.items()))
         if stop:
             break
+    bar.close()
     return ema, sittings, last == recipe.steps
 
 
@@ -164,39 +167,47 @@ def save_checkpoint(stage: Stage, ema: dict[str, Tensor], sitting: Sitting, step
     groups = {"model": stage.model.state_dict(), "ema": ema, "optimizer": optimizer_tensors(stage.optimizer)}
     for name, (network, optimizer) in stage.also.items():
         groups |= {f"{name}_model": network.state_dict(), f"{name}_optimizer": optimizer_tensors(optimizer)}
-    save_state(sitting.out / f"{stage.name}.checkpoint.safetensors", grouped(**groups), {"step": step, "sittings": sittings})
+    save_state(sitting.out / f"{stage.name}.checkpoint.safetensors", grouped(**groups), {"step": step, "sittings": sittings},
+               keep_last=True)
 
 
-def resume(stage: Stage, ema: dict[str, Tensor], recipe: Recipe, sitting: Sitting) -> tuple[int, list[dict]]:
-    """(step to go on from, [{"from_step", **recipe} of every stretch with a recipe of its own]), the checkpoint put back.
+def resume(stage: Stage, ema: dict[str, Tensor], recipe: Recipe, sitting: Sitting, say: Callable[[str], None]) -> tuple[int, list[dict]]:
+    """(step to go on from, [{"from_step", **recipe} of every stretch with a recipe of its own]), the newest whole checkpoint
+    put back and the log cut at it.
 
-    The log is cut at the checkpoint. ValueError unless --resume was given, and for flags that differ from the checkpoint's
-    unless --change-recipe was: then the change is recorded, here and in the weights' metadata.
+    ValueError where a checkpoint stands unless --resume was given, and for flags that differ from the checkpoint's unless
+    --change-flags was: then the change is recorded, here and in the weights' metadata.
     """
     path = sitting.out / f"{stage.name}.checkpoint.safetensors"
     known = json.loads(json.dumps(asdict(recipe)))
-    if not path.exists():
-        return 0, [{"from_step": 0, **known}]
-    if not sitting.resume:
+    if not sitting.resume and (path.exists() or previous_of(path).exists()):
         raise ValueError(f"{path} exists: give --resume to go on, or another --out")
-    tensors, meta = load_state(path)
-    step, sittings = meta["step"], meta.get("sittings", [])
-    before = sittings[-1] if sittings else {}
-    changed = [name for name, value in known.items() if before.get(name) != value]
-    if changed and not sitting.change_recipe:
-        raise ValueError(f"{path} was trained with another recipe: " + ", ".join(
-            f"{name} was {before.get(name)!r}, now {known[name]!r}" for name in changed) + "; give the same flags, or --change-recipe")
-    if changed:
-        sittings = [*sittings, {"from_step": step, **known}]
+    found = load_newest(path) if sitting.resume else None
+    folders.cut_metrics(sitting.out / f"{stage.name}.jsonl", found[1]["step"] if found else 0)
+    if found is None:
+        return 0, [{"from_step": 0, **known}]
+    tensors, meta, notes = found
+    for note in notes:
+        say(note)
+    with fitting(path):
+        sittings, before = meta["sittings"], meta["sittings"][-1]
+        put_back(stage, ema, tensors)
+    changed = [f"{name} was {before.get(name)!r}, now {value!r}" for name, value in known.items() if before.get(name) != value]
+    if changed and not sitting.change_flags:
+        raise ValueError(f"{path} was made with other flags: {', '.join(changed)}; give the same ones, or --change-flags")
+    return meta["step"], [*sittings, {"from_step": meta["step"], **known}] if changed else sittings
+
+
+def put_back(stage: Stage, ema: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    """Load what `save_checkpoint` kept."""
     stage.model.load_state_dict(of_group(tensors, "model"))
-    for key, value in of_group(tensors, "ema").items():
-        ema[key].copy_(value)
+    averages = of_group(tensors, "ema")
+    for key, value in ema.items():
+        value.copy_(averages[key])
     load_optimizer_tensors(stage.optimizer, of_group(tensors, "optimizer"))
     for name, (network, optimizer) in stage.also.items():
         network.load_state_dict(of_group(tensors, f"{name}_model"))
         load_optimizer_tensors(optimizer, of_group(tensors, f"{name}_optimizer"))
-    folders.cut_metrics(sitting.out / f"{stage.name}.jsonl", step)
-    return step, sittings
 
 
 # ------------------------------------------------------------------------------------------------------------- weights

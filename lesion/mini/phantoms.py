@@ -25,6 +25,7 @@ from lesion import __version__
 from lesion.describe.attributes import asymmetry_of, ita_degrees, outline_of, to_attributes
 from lesion.describe.prompts import LABELS, NAMES, to_sentence
 from lesion.run import files
+from lesion.tiles.srgb import encode, lab_to_linear
 
 SIDE, FIELD_MM = 128, 15.0
 MM = FIELD_MM / SIDE
@@ -41,8 +42,6 @@ QUALITY = 85
 _Y, _X = ((np.mgrid[:SIDE, :SIDE] + 0.5) * MM - FIELD_MM / 2).astype(np.float32)  # mm from the centre
 _FY, _FX = (f.astype(np.float32) for f in (np.fft.fftfreq(SIDE, MM)[:, None], np.fft.rfftfreq(SIDE, MM)[None]))  # 1/mm
 _FREQUENCY2 = _FY ** 2 + _FX ** 2
-_FROM_XYZ = np.array([[3.2404542, -1.5371385, -0.4985314], [-0.9692660, 1.8760108, 0.0415560],
-                      [0.0556434, -0.2040259, 1.0572252]]) * [0.95047, 1.0, 1.08883]
 
 
 def draw(seed: int, label: str, patient: int | None = None) -> tuple[np.ndarray, dict, dict]:
@@ -68,7 +67,7 @@ def draw_jpeg(seed: int, label: str, patient: int | None = None) -> tuple[bytes,
     lab = skin + inside[..., None] * (paint - person["lab"])
     truth |= {"ita": person["ita"], "criteria": criteria}
     truth["asymmetry"] = asymmetry_of(inside[..., None] * (paint - person["lab"]), truth["mask"])
-    image = _photograph(rng, person, _to_linear(lab))
+    image = _photograph(rng, person, lab_to_linear(lab))
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=QUALITY)
     attributes, _ = to_attributes(truth | {"confidence": dict.fromkeys(
@@ -213,26 +212,18 @@ def _edge_to_middle(mask: np.ndarray) -> np.ndarray:
     return smooth / smooth.max() - 0.5
 
 
-def _to_linear(lab: np.ndarray) -> np.ndarray:
-    """CIELAB -> linear sRGB, clipped to 0..1."""
-    fy = (lab[..., 0] + 16) / 116
-    f = np.stack([fy + lab[..., 1] / 500, fy, fy - lab[..., 2] / 200], -1)
-    xyz = np.where(f > 6 / 29, f ** 3, (f - 16 / 116) * 3 * (6 / 29) ** 2)
-    return np.clip(xyz @ _FROM_XYZ.T, 0, 1)
-
-
 def _photograph(rng: np.random.Generator, person: dict, linear: np.ndarray) -> np.ndarray:
     """Hair over it, uneven light, vignette, gloss, lens blur, sensor noise, sometimes a black border: uint8 RGB."""
     if count := rng.poisson(person["hairs"]):
         cover = _hairs(rng, count)[..., None]
-        linear = linear + cover * (_to_linear(person["hair_color"][None, None].astype(float)) - linear)
+        linear = linear + cover * (lab_to_linear(person["hair_color"][None, None].astype(float)) - linear)
     angle, slope = rng.uniform(0, 2 * np.pi), rng.gamma(2, 0.03)
     light = 1 + slope * (_X * np.cos(angle) + _Y * np.sin(angle)) / (FIELD_MM / 2)
     light -= rng.gamma(1.5, 0.03) * ((_X ** 2 + _Y ** 2) / (FIELD_MM / 2) ** 2 - 0.6)
     linear = linear * light[..., None]
     blur = rng.uniform(0.3, 0.85)
     linear = ndimage.gaussian_filter(linear, (blur, blur, 0), truncate=3)
-    code = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * np.maximum(linear, 0.0031308) ** (1 / 2.4) - 0.055)
+    code = encode(linear)
     code += rng.normal(0, rng.uniform(0.002, 0.009), code.shape)
     if rng.random() < 0.03:
         edge, width = rng.integers(4), rng.integers(3, 22)
@@ -261,12 +252,12 @@ DEMO_TILES = DEMO_BENIGN + DEMO_MALIGNANT
 
 
 def write_demo(folder: str | Path, seed: int = 0, benign: int = DEMO_BENIGN, malignant: int = DEMO_MALIGNANT,
-               progress: Callable[[int], None] | None = None) -> list[dict]:
+               progress: Callable | None = None) -> list[dict]:
     """Write a prepared data set of phantoms: images/*.jpg, dataset.json, metadata.jsonl (last: its presence means complete).
 
     About six tiles a patient; patients are split 70/10/20 into train, val and test, so no patient is in two parts. The same
     seed gives the same bytes. Rows carry the true `attributes`, their sentence as `text`, and `truth`. Returns the rows.
-    `progress(done)` is called after each tile. Raises ValueError for counts under 1.
+    `progress` wraps the iterator of tiles, as `cli.progress` does. Raises ValueError for counts under 1.
     """
     if benign < 1 or malignant < 1:
         raise ValueError(f"a demo set needs tiles of both classes, got {benign} benign and {malignant} malignant")
@@ -277,7 +268,8 @@ def write_demo(folder: str | Path, seed: int = 0, benign: int = DEMO_BENIGN, mal
     count = max(10, len(labels) // 6)
     patients, parts = rng.integers(count, size=len(labels)), _parts(count, rng)
     rows = []
-    for i, label in enumerate(labels):
+    tiles = progress(labels, desc="demo set", unit="tile") if progress else labels
+    for i, label in enumerate(tiles):
         number = seed * 1_000_000 + i
         data, attributes, truth = draw_jpeg(number, label, patient=seed * 1_000_000 + int(patients[i]))
         name = f"images/PHANTOM_{number:07d}.jpg"
@@ -286,8 +278,6 @@ def write_demo(folder: str | Path, seed: int = 0, benign: int = DEMO_BENIGN, mal
                      "split": parts[patients[i]], "patient_id": f"PP_{patients[i]:05d}", "attributes": attributes,
                      "source": "phantom", "license": "MIT", "sha256": hashlib.sha256(data).hexdigest(),
                      "truth": _plain(truth)})
-        if progress:
-            progress(i + 1)
     files.write_json(folder / "dataset.json", {
         "format": 1, "name": "demo", "source": "phantom", "color_norm": "none", "split": "patient", "seed": seed,
         "prompts": "structured", "counts": _counts(rows), "overlap": {"patients": 0}, "license": ["MIT"],

@@ -7,7 +7,7 @@ Proven by tests/mini/test_pretrain.py.
 import json
 from pathlib import Path
 
-from lesion.run import cli
+from lesion.run import cli, lock, sums
 
 BF16_STAGES = ("vae", "texture")  # convolutions gain by it; the U-Net's attention loses more than they gain (measured on a CPU)
 
@@ -23,7 +23,7 @@ def parse(argv: list[str]):
                        help="vae; texture (its decoder again, latents kept) and unet read OUT/vae; check measures")
     group.add_argument("--start", type=Path, help="begin with the weights of this model (its averaged weights; no optimizer state)")
     group.add_argument("--resume", action="store_true", help="go on from OUT's newest checkpoint")
-    group.add_argument("--change-recipe", action="store_true", help="with --resume: go on although flags differ; recorded")
+    group.add_argument("--change-flags", action="store_true", help="with --resume: go on although flags differ; recorded")
     group = parser.add_argument_group("recipe")
     group.add_argument(
         "--steps", type=cli.number(int, low=1), default=10000, help="optimizer steps; the learning rate falls to 0 at the last"
@@ -69,7 +69,8 @@ def main(argv: list[str]) -> None:
         return
     from lesion.mini import texture, unet, vae
     stage = {"vae": vae.train, "texture": texture.train, "unet": unet.train}[args.stage]
-    stage(recipe_of(args), sitting_of(args))
+    with lock.owner(args.out), sums.over(args.out):
+        stage(recipe_of(args), sitting_of(args))
 
 
 def recipe_of(args):
@@ -94,5 +95,4 @@ def sitting_of(args):
     from dataclasses import fields
 
     from lesion.mini.loop import Sitting
-    args.out.mkdir(parents=True, exist_ok=True)
     return Sitting(**{field.name: getattr(args, field.name) for field in fields(Sitting)})

@@ -4,6 +4,7 @@ Every sentence is derived from the numbers of `lesion.stats.comparison.analyse`;
 word are `comparison.verdict` and `finding`. Proven by tests/report/test_evaluate_script.py.
 """
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,6 @@ from lesion.stats import classification, comparison, inference
 from lesion.tiles.seen import tile_id
 
 KEY = (("O1", "S2"), ("A1", "S2"), ("W1", "S2w"))  # which contrast the headline rests on: the first that was run
-SHOWN = {"auroc": "AUROC", "auprc": "AUPRC", "recall_spec90": "recall at 90 %\nspecificity",
-         "recall_chosen": "recall at chosen\nthreshold", "specificity_chosen": "specificity at\nchosen threshold"}
 METHOD = (
     "A figure is the mean over training seeds. Its interval holds two uncertainties, drawn together {resamples:,} "
     "times: other {unit} (bootstrap, stratified by class{whole}) and other training runs (bootstrap over seeds). AUROC "
@@ -28,15 +27,16 @@ METHOD = (
     "not corrected against each other. The chosen threshold maximises recall + specificity on validation tiles.")
 
 
-def build(folder: Path, data: Path | None, shown: tuple[str, str] = ("W1", "S2")) -> tuple[list[dict], dict, dict]:
+def build(folder: Path, data: Path | None, shown: tuple[str, str] = ("W1", "S2"),
+          progress: Callable | None = None) -> tuple[list[dict], dict, dict]:
     """(blocks, results, figures: stem -> matplotlib figure) for a run folder of classify.py.
 
     data: the prepared set, for the subgroups (None: left out). shown: the two arms whose confusion matrices are drawn.
     ValueError if the predictions are damaged, of different tests, or of other tiles than `data`'s.
     """
     runs = predictions.read_runs(folder)
-    args = json.loads((folder / "args.json").read_text()) if (folder / "args.json").is_file() else {}
-    results = comparison.analyse(runs, CONTRASTS)
+    args = json.loads((folder / "args.json").read_text(encoding="utf-8")) if (folder / "args.json").is_file() else {}
+    results = comparison.analyse(runs, CONTRASTS, progress=progress)
     results["subgroups"] = comparison.subgroups(runs, groups_of(data, runs)) if data else []
     results["run"] = {key: args.get(key) for key in ("arch", "weights", "image_size", "epochs", "batch_size", "lr",
                                                      "augmentation", "weight_power", "ratio", "max_benign", "folds",
@@ -97,7 +97,7 @@ def remarks(results: dict) -> list[str]:
     texts = []
     for row in results["contrasts"]:
         words = {}
-        for name in SHOWN:
+        for name in classification.SHOWN["key"]:
             words.setdefault(row["metrics"][name]["verdict"], []).append(_title(name))
         texts.append(f"{row['first']} → {row['second']} ({row['meaning']}): "
                      + "; ".join(f"{word} for {_list(names)}" for word, names in words.items()) + ".")
@@ -154,7 +154,7 @@ def _list(words):
 
 
 def _title(name):
-    return SHOWN.get(name, classification.METRICS[name])
+    return classification.METRICS[name].figure_title or classification.METRICS[name].title
 
 
 # ------------------------------------------------------------------------------------ tables, figures
@@ -188,17 +188,15 @@ def _main_table(results):
     for name, arm in results["arms"].items():
         published = ARMS[name].published
         rows.append([name, ARMS[name].meaning, str(len(arm["seeds"])),
-                     *(interval(arm["metrics"][key]) for key in ("recall_50", "auroc", "auprc")),
+                     *(interval(arm["metrics"][key]) for key in classification.SHOWN["published"]),
                      *(map(number, published, (2, 3, 3)) if published else ["–"] * 3)])
     return table("Results with 95 % intervals, beside the published study (79 malignant of 2,079 tiles held out). AUPRC does "
                  "not compare across test sets of another share malignant.", header, rows, text=(1,))
 
 
 def _more_table(results):
-    names = ["recall_chosen", "specificity_chosen", "precision_chosen", "specificity_50", "precision_50",
-             "recall_spec90", "recall_spec95", "pauc", "brier", "ece"]
-    rows = [[classification.METRICS[name], *(interval(arm["metrics"][name]) for arm in results["arms"].values())]
-            for name in names]
+    rows = [[classification.METRICS[name].title, *(interval(arm["metrics"][name]) for arm in results["arms"].values())]
+            for name in classification.SHOWN["further"]]
     counts = [[f"{title}: found, missed; false alarms, let pass",
                *("{tp:.1f}, {fn:.1f}; {fp:.1f}, {tn:.1f}".format(**arm["confusion"][key])
                  for arm in results["arms"].values())]
@@ -211,10 +209,10 @@ def _more_table(results):
 def _contrast_table(results):
     rows = []
     for row in results["contrasts"]:
-        for name, cell in row["metrics"].items():
-            if name in SHOWN or name in ("recall_50", "specificity_50", "pauc", "brier", "ece"):
-                rows.append([f"{row['first']} → {row['second']}", classification.METRICS[name], difference(cell),
-                             p_value(cell["p"]), p_value(cell["p_holm"]), cell["verdict"]])
+        for name in classification.SHOWN["differences"]:
+            cell = row["metrics"][name]
+            rows.append([f"{row['first']} → {row['second']}", classification.METRICS[name].title, difference(cell),
+                         p_value(cell["p"]), p_value(cell["p_holm"]), cell["verdict"]])
     return table("Differences, second arm minus first, with 95 % intervals; for Brier score and ECE less is better",
                  ["contrast", "metric", "difference", "p", "p (Holm)", "verdict"], rows, text=(1, 5))
 
@@ -254,9 +252,12 @@ def draw(runs: dict, results: dict, shown: tuple[str, ...]) -> dict:
     figures = {}
     pairs = [(row["first"], row["second"]) for row in results["contrasts"]]
     if pairs:
-        figures["contrasts"] = plots.forest(results["contrasts"], SHOWN)
+        titles = {name: _title(name) for name in classification.SHOWN["key"]}
+        for stem, columns in (("contrasts", 3), ("narrow/contrasts", 1)):
+            figures[stem] = plots.forest(results["contrasts"], titles, columns)
         bands = {arm: comparison.curve_bands(runs[arm]) for arm in dict.fromkeys(sum(pairs, ()))}
-        figures["curves"] = plots.curves([(a, bands[a], b, bands[b]) for a, b in pairs], results["prevalence"])
+        for stem, columns in (("curves", 3), ("narrow/curves", 1)):
+            figures[stem] = plots.curves([(a, bands[a], b, bands[b]) for a, b in pairs], results["prevalence"], columns)
     if shown:
         figures["confusion"] = plots.confusion({arm: results["arms"][arm]["confusion"]["chosen"] for arm in shown},
                                                "at the chosen threshold, means over seeds")
@@ -267,8 +268,7 @@ def draw(runs: dict, results: dict, shown: tuple[str, ...]) -> dict:
         for row in rows[arm]:
             row["low"], row["high"] = inference.clopper_pearson(row["malignant"], row["n"])
     results["calibration"] = rows
-    figures["calibration"] = plots.calibration(rows)
-    return figures
+    return figures | {"calibration": plots.calibration(rows), "narrow/calibration": plots.calibration(rows, columns=1)}
 
 
 def _figure(stem, results):

@@ -8,11 +8,10 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from lesion.report import page, plots
+from lesion.report import page, plots, plots_readers
 from lesion.report.page import heading, number, p_value, paragraph, table
 from lesion.run import sheets
 from lesion.stats import readers as reader_study
-from lesion.web import study_folder
 
 METHOD = (
     "Readers saw the tiles one at a time at a fixed size, in an order of their own, all encoded alike, and answered "
@@ -31,6 +30,7 @@ def build(folder: Path) -> tuple[list[dict], dict, dict]:
 
     ValueError if the folder is damaged or no reader has answered enough; a damaged line costs that answer and is named.
     """
+    from lesion.web import study_folder  # the annex that wrote the folder, asked only where there is one
     study, answers, problems = study_folder.read_answers(folder)
     results = reader_study.analyse(**study_folder.as_arrays(study, answers))
     results |= {"settings": study["settings"], "provenance": study["provenance"], "skipped_lines": problems}
@@ -40,13 +40,16 @@ def build(folder: Path) -> tuple[list[dict], dict, dict]:
              f"{len(answers)} answers of {len({row['reader'] for row in answers})} reader(s).")
     left_out = [f"Left out, too few answers: {line}." for line in results["left_out"]]
     blocks = [heading("Can readers tell real from synthetic?"), paragraph(results["verdict"], lead=True),
-              *(paragraph(text) for text in (shown, *left_out, *problems)), _picture(results), _readers(results),
+              *(paragraph(text) for text in (shown, *left_out, *problems)), _picture(results), _bars(results), _readers(results),
               _pooled(results)]
     if results["agreement"]["pairs"]:
         blocks.append(_agreement(results))
     if results["malignancy"]:
         blocks.append(_malignancy(results))
-    return [*blocks, heading("How it was done", 3), *map(paragraph, METHOD)], results, {"readers": draw(results)}
+    return [*blocks, heading("How it was done", 3), *map(paragraph, METHOD)], results, {
+        "readers": draw(results), "narrow/readers": draw(results, narrow=True),
+        "identified-readers": plots_readers.identified(results),
+        "narrow/identified-readers": plots_readers.identified(results, across=3)}
 
 
 def _interval(row: dict, name: str, digits: int = 2) -> str:
@@ -132,14 +135,25 @@ def _picture(results: dict) -> dict:
                          "tiles.", alt)
 
 
-def draw(results: dict) -> Figure:
+def _bars(results: dict) -> dict:
+    said = "; ".join(f"{name}: real {row['real'][0]:.0%}, synthetic {row['synthetic'][0]:.0%}"
+                     for name, row in plots_readers.rates(results, True))
+    return page.figure("identified-readers", "The same rates as bars, as the published study drew its own: real tiles "
+                         "called real and synthetic tiles called synthetic, 95 % intervals; dashed: guessing.",
+                         f"Bars of identification rates. {said}.")
+
+
+def draw(results: dict, narrow: bool = False) -> Figure:
     """Left: share of real and of synthetic tiles each reader identified; right: d', the equivalence margin shaded.
-    The pooled estimate stands below the readers. results: of lesion.stats.readers.analyse."""
+    The pooled estimate stands below the readers; `narrow` puts d' below the shares. results: of
+    lesion.stats.readers.analyse."""
     readers = results["readers"]
     places, bottom = np.arange(len(readers)), len(readers) + 0.3
     with rc_context(plots.SETTINGS):
-        chart = Figure(figsize=(8.5, 1.5 + 0.38 * (len(readers) + 1)), layout="constrained")
-        rates, distance = chart.subplots(1, 2, sharey=True, width_ratios=[3, 2])
+        height = 1.5 + 0.38 * (len(readers) + 1)
+        chart = Figure(figsize=(3.6, 2 * height) if narrow else (plots.WIDTH, height), layout="constrained")
+        rates, distance = chart.subplots(2, 1, sharey=True) if narrow else \
+            chart.subplots(1, 2, sharey=True, width_ratios=[3, 2])
         for name, label, colour, marker, shift in (
                 ("real", "real tile called real", sheets.BLUE, "o", -0.13),
                 ("synthetic", "synthetic tile called synthetic", sheets.VERMILION, "s", 0.13)):
@@ -152,7 +166,7 @@ def draw(results: dict) -> Figure:
         rates.axvline(50, color=sheets.GREY, linestyle="--", linewidth=1)
         rates.set(xlim=(0, 100), xlabel="identified, %", yticks=[*places, bottom], ylim=(bottom + 0.5, -0.5),
                   yticklabels=[*(row["reader"] for row in readers), "all readers"])
-        rates.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, handletextpad=0.4)
+        rates.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=1 if narrow else 2, handletextpad=0.4)
         margin, pooled = results["equivalence"]["margin"], results["pooled"]["d_prime"]
         distance.axvspan(-margin, margin, color=sheets.GREY, alpha=0.2, linewidth=0, label=f"margin ±{margin:g}")
         distance.axvline(0, color=sheets.GREY, linestyle="--", linewidth=1)

@@ -3,10 +3,13 @@
 Proven by tests/run/test_cli.py.
 """
 import argparse
+import contextlib
+import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,21 +24,89 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)\n")
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as an exception: whatever tidies up after ctrl-C does so after it too."""
+
+
 def run(main: Callable[[], None], prog: str) -> None:
-    """Call `main`; what a user can cause (ValueError, a missing or unreadable file) ends in one line and exit code 2,
-    ctrl-C in exit code 130. `LESION_DEBUG=1` shows the traceback instead."""
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` ends quietly
+    """Call `main`; what a user can cause (ValueError, a missing or unreadable file, a full disk) ends in one line and exit code
+    2, ctrl-C in exit code 130, SIGTERM in 143. `LESION_DEBUG=1` shows the traceback instead."""
+    code = 0
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show does not stop the work
+    with _handlers({"SIGTERM": _terminate, "SIGPIPE": signal.SIG_DFL}):  # `... | head` ends quietly
+        try:
+            main()
+        except (ValueError, OSError) as error:
+            if os.environ.get("LESION_DEBUG"):
+                raise
+            code, text = 2, " ".join(str(error).split())
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                text = f"the disk is full ({error.filename or text}); what was finished before is whole: make room, and go on"
+        except Terminated:
+            code, text = 143, "terminated"
+        except KeyboardInterrupt:
+            code, text = 130, "interrupted"
+    if code:
+        print(f"{prog}: {text}", file=sys.stderr)
+        sys.exit(code)
+
+
+def _terminate(*_) -> None:
+    raise Terminated
+
+
+def _as_born() -> None:
+    """A forked worker dies of SIGTERM as ever: it is its parent who has a line to say."""
+    if signal.getsignal(signal.SIGTERM) is _terminate:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_as_born)
+
+
+@contextlib.contextmanager
+def _handlers(wanted: dict[str, object]) -> Iterator[None]:
+    """Signal handlers by name, given back at the end. Only the main thread may set any, and gets the signals; a thread of a
+    notebook leaves them alone. A signal that the system lacks is left out."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    known = {getattr(signal, name): handler for name, handler in wanted.items() if hasattr(signal, name)}
+    before = {number: signal.signal(number, handler) for number, handler in known.items()}
     try:
-        main()
-    except (ValueError, OSError) as error:
-        if os.environ.get("LESION_DEBUG"):
-            raise
-        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+class Stop:
+    """Ctrl-C and SIGTERM as a request: once the loop has set `patient`, the first is only noted in `number` (0: none), so that
+    a step ends and is saved. One before that, and every second one, interrupts at once."""
+
+    def __init__(self):
+        self.number, self.patient = 0, False
+
+    def take(self, number: int, *_) -> None:
+        if self.number or not self.patient:
+            self.interrupt(number)
+        self.number = int(number)
+
+    @staticmethod
+    def interrupt(number: int) -> None:
+        """Raise what `number` means: Terminated for SIGTERM, else KeyboardInterrupt."""
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def stop_request() -> Iterator[Stop]:
+    """A `Stop` that takes SIGINT and SIGTERM within the block; from a thread it takes none."""
+    stop = Stop()
+    with _handlers({"SIGINT": stop.take, "SIGTERM": stop.take}):
+        yield stop
 
 
 def number(kind: type, low: float | None = None, high: float | None = None, above: float | None = None) -> Callable:

@@ -5,8 +5,8 @@ Proven by tests/run/test_devices.py and tests/train/test_distributed.py.
 
 import contextlib
 import ctypes
+import functools
 import os
-import resource
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,11 @@ import torch
 from torch import nn
 
 from lesion.run import devices
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -59,7 +64,7 @@ def keep_freed_memory() -> None:
 
 
 def peak_mem_gib(where: torch.device) -> float:
-    """Peak memory so far: the allocator's on CUDA, the process's resident set elsewhere.
+    """Peak memory so far: the allocator's on CUDA, the process's resident set elsewhere; 0 where the system does not say.
 
     On Linux from VmHWM: getrusage's ru_maxrss also counts the process that started this one.
     """
@@ -67,8 +72,8 @@ def peak_mem_gib(where: torch.device) -> float:
         return torch.cuda.max_memory_allocated(where) / 2**30
     status = Path("/proc/self/status")
     if status.is_file():
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes on macOS
+        return int(status.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30 if resource else 0.0  # bytes on macOS
 
 
 def synchronize(where: torch.device) -> None:
@@ -98,6 +103,21 @@ def distributed(model: nn.Module, world: int, device: torch.device) -> nn.Module
     if world == 1:
         return model
     return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+@functools.cache
+def _flags_group() -> object:
+    """A group of all processes for numbers on the CPU: asking costs no wait for the GPU."""
+    return torch.distributed.new_group(backend="gloo")
+
+
+def agree(number: int, world: int) -> int:
+    """The largest `number` of all processes: what one of them has seen (a signal, a NaN), all act on at the same step."""
+    if world == 1:
+        return number
+    largest = torch.tensor([number])
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=_flags_group())
+    return int(largest)
 
 
 def no_sync(model: nn.Module, wanted: bool) -> contextlib.AbstractContextManager:

@@ -1,4 +1,4 @@
-"""Files that survive a crash: atomic writes, append-only JSON lines, hashes, and the tile manifest.
+"""Files that survive a crash: atomic writes and the sweep of what kills leave, append-only JSON lines, hashes, and the tile manifest.
 
 Standard library only, so that every command can import it before it has parsed its flags.
 A manifest is `metadata.jsonl` in a folder (the Hugging Face imagefolder convention), one JSON object a tile:
@@ -11,11 +11,18 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 MANIFEST = "metadata.jsonl"
+TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # as mkstemp names them in `atomic_path`
 
 
 @contextlib.contextmanager
@@ -27,9 +34,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
     temporary = Path(name)
     try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            _mark(handle)
+        if os.name != "posix":
+            os.close(handle)  # Windows renames no open file
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -38,6 +48,35 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+        if os.name == "posix":
+            os.close(handle)
+
+
+def _mark(handle: int) -> None:
+    """Hold a lock on the temporary file: `sweep` of another process sees that its writer lives. OSError if it is held."""
+    if fcntl:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def sweep(folder: Path, deep: bool = True) -> list[Path]:
+    """Remove the temporary files that killed writers left in `folder` and, if `deep`, below it; those of the living stay.
+
+    Links are not followed. Returns what was removed.
+    """
+    gone = []
+    for place, inner, names in os.walk(folder):
+        for path in (Path(place, name) for name in names if TEMPORARY.fullmatch(name)):
+            with contextlib.suppress(OSError):  # held by its writer, or gone meanwhile
+                handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+                try:
+                    _mark(handle)
+                finally:
+                    os.close(handle)
+                path.unlink()
+                gone.append(path)
+        if not deep:
+            inner.clear()
+    return gone
 
 
 def _umask() -> int:
@@ -79,7 +118,8 @@ def read_json(path: Path) -> dict:
 
 def append_jsonl(path: Path, *rows: dict) -> None:
     """Append rows to a JSON-lines file and fsync. A torn last line left by a crash is cut off first; a whole one that
-    only lacks its newline (an editor's work) gets it."""
+    only lacks its newline (an editor's work) gets it. For what a machine writes and can write again; people's answers
+    are never cut: lesion.web.journal."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()

@@ -15,8 +15,7 @@ def warmup_cosine(peak: float, step: int, steps: int, warmup_steps: int, schedul
         return peak * (step + 1) / warmup_steps
     if schedule == "constant":
         return peak
-    done = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return peak * 0.5 * (1 + math.cos(min(math.pi, math.pi * (step - warmup_steps) / max(1, steps - warmup_steps))))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -26,13 +25,19 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` took."""
+    """Put back what `optimizer_tensors` took. ValueError for an entry of another shape, name or parameter than this optimizer has."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         number, name = key.split(".", 1)
         state.setdefault(int(number), {})[name] = value
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    names = set().union(*state.values())
+    if odd := [number for number, values in state.items() if number >= count or values.keys() != names]:
+        raise ValueError(f"the optimizer's state of parameter {min(odd)} is not that of the others ({', '.join(sorted(state[min(odd)]))})")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     for parameter, values in optimizer.state.items():  # fused AdamW walks raw memory: moments must lie as their parameter does
         for name, value in values.items():
             if value.shape == parameter.shape:
                 values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            elif value.ndim:
+                raise ValueError(f"the optimizer's {name} has shape {list(value.shape)}, its parameter {list(parameter.shape)}")

@@ -6,7 +6,7 @@ Proven by tests/run/test_sheets.py.
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageSequence, PngImagePlugin
 
 from lesion.run.files import atomic_path
 
@@ -42,6 +42,15 @@ def as_array(image: Image.Image) -> np.ndarray:
 def open_images(paths: list[Path]) -> np.ndarray:
     """Pictures of one size as uint8 [N,H,W,3]."""
     return np.stack([as_array(Image.open(path)) for path in paths])
+
+
+def open_frames(path: Path) -> np.ndarray:
+    """The frames of a GIF, in order, as uint8 [N,H,W,3]. ValueError if it is no readable picture."""
+    try:
+        with Image.open(path) as picture:
+            return np.stack([as_array(frame) for frame in ImageSequence.Iterator(picture)])
+    except (OSError, SyntaxError, ValueError, EOFError):
+        raise ValueError(f"{path} is damaged: no readable picture; delete it, and draw it again") from None
 
 
 def stack(sheets: list[Image.Image], titles: list[str]) -> Image.Image:

@@ -5,24 +5,47 @@ weights each), so both are the same arithmetic. Definitions are scikit-learn's w
 precision, Brier); ECE follows Guo et al. 2017 (arXiv:1706.04599, eq. 3), the partial AUC the ISIC 2024 challenge.
 Proven by tests/stats/test_classification.py against scikit-learn and closed vectors.
 """
+from dataclasses import dataclass
+
 import numpy as np
 
+
+@dataclass(frozen=True)
+class Metric:
+    """What there is to know of a figure beside its value; `evaluate` computes it."""
+    title: str
+    figure_title: str = ""        # in a narrow figure; "" = the title
+    ceiling: float = 1.0          # it lies in 0 .. ceiling
+    lower_is_better: bool = False
+    rate_of: str = "malignant"    # which tiles it counts: its exact interval at 0 and 1 is over the patients who have them
+
+
 METRICS = {
-    "auroc": "AUROC",
-    "auprc": "AUPRC",
-    "recall_50": "recall at 0.5",
-    "specificity_50": "specificity at 0.5",
-    "precision_50": "precision at 0.5",
-    "recall_chosen": "recall at the chosen threshold",
-    "specificity_chosen": "specificity at the chosen threshold",
-    "precision_chosen": "precision at the chosen threshold",
-    "recall_spec90": "recall at 90 % specificity",
-    "recall_spec95": "recall at 95 % specificity",
-    "pauc": "pAUC (TPR ≥ 80 %)",
-    "brier": "Brier score",
-    "ece": "ECE",
+    "auroc": Metric("AUROC"),
+    "auprc": Metric("AUPRC"),
+    "recall_50": Metric("recall at 0.5"),
+    "specificity_50": Metric("specificity at 0.5", rate_of="benign"),
+    "precision_50": Metric("precision at 0.5"),
+    "recall_chosen": Metric("recall at the chosen threshold", "recall at chosen\nthreshold"),
+    "specificity_chosen": Metric("specificity at the chosen threshold", "specificity at\nchosen threshold",
+                                 rate_of="benign"),
+    "precision_chosen": Metric("precision at the chosen threshold"),
+    "recall_spec90": Metric("recall at 90 % specificity", "recall at 90 %\nspecificity"),
+    "recall_spec95": Metric("recall at 95 % specificity"),
+    "pauc": Metric("pAUC (TPR ≥ 80 %)", ceiling=0.2),
+    "brier": Metric("Brier score", lower_is_better=True),
+    "ece": Metric("ECE", lower_is_better=True),
 }
-LOWER_IS_BETTER = ("brier", "ece")
+# Where a figure is shown, in order: beside the published study's, in the further table, among the differences, and in
+# the picture and the sentences about them.
+SHOWN = {
+    "published": ("recall_50", "auroc", "auprc"),
+    "further": ("recall_chosen", "specificity_chosen", "precision_chosen", "specificity_50", "precision_50",
+                "recall_spec90", "recall_spec95", "pauc", "brier", "ece"),
+    "differences": ("auroc", "auprc", "recall_50", "specificity_50", "recall_chosen", "specificity_chosen",
+                    "recall_spec90", "pauc", "brier", "ece"),
+    "key": ("auroc", "auprc", "recall_spec90", "recall_chosen", "specificity_chosen"),
+}
 ECE_BINS = 10
 _ROWS = 256  # weight rows worked on at once: bounds the memory to a few arrays of 256 x n float64
 

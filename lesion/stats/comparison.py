@@ -15,12 +15,12 @@ POWER_REACH = 2.80  # 1.96 + 0.84: standard errors of a difference found in 80 %
 SUPPORTED, HARMFUL, UNCLEAR, NO_VALUE = "supported", "harmful", "not distinguishable", "no value"
 
 
-def analyse(runs: dict, contrasts: dict, resamples: int = inference.RESAMPLES, seed: int = 0) -> dict:
+def analyse(runs: dict, contrasts: dict, resamples: int = inference.RESAMPLES, seed: int = 0, progress=None) -> dict:
     """Figures of every arm and every contrast, as JSON-able numbers.
 
     runs: arm -> seed -> an object with labels [n] 0/1, scores [n], thresholds [n], patients [n] or None, tested on the
     same tiles throughout (`lesion.classify.predictions.read_runs`). contrasts: (first, second) -> meaning; those whose arms have
-    a seed in common are made, over the seeds in common.
+    a seed in common are made, over the seeds in common. progress: wraps the iterator over the arms, as tqdm does.
     """
     first = next(iter(next(iter(runs.values())).values()))
     labels, patients = first.labels, first.patients
@@ -28,7 +28,7 @@ def analyse(runs: dict, contrasts: dict, resamples: int = inference.RESAMPLES, s
     units = np.arange(len(labels)) if patients is None else patients
     carriers, healthy = (len(np.unique(units[labels == value])) for value in (1, 0))
     drawn = {arm: {k: inference.bootstrap(labels, [run.scores], [run.thresholds], weights) for k, run in seeds.items()}
-             for arm, seeds in runs.items()}
+             for arm, seeds in (progress(runs.items(), desc="bootstrap", unit="arm") if progress else runs.items())}
     pairs = [(pair, sorted(runs[pair[0]].keys() & runs[pair[1]].keys())) for pair in contrasts
              if pair[0] in runs and pair[1] in runs]
     rows = [_contrast(runs, drawn, pair, common, carriers, resamples, seed) | {"meaning": contrasts[pair]}
@@ -44,12 +44,11 @@ def _arm(seeds, drawn, carriers, healthy, resamples, seed):
     weights = inference.seed_resamples(len(seeds), resamples, seed)
     plain = [classification.evaluate(run.labels, run.scores, run.thresholds) for run in seeds.values()]
     metrics = {}
-    for name in classification.METRICS:
+    for name, metric in classification.METRICS.items():
         values = np.array([value[name][0] for value in plain])
         distribution = inference.mean_over_seeds(np.concatenate([drawn[k][name] for k in seeds]), weights)
-        ceiling, mean = 0.2 if name == "pauc" else 1.0, values.mean()
-        rate_of = healthy if name.startswith("specificity") else carriers
-        low, high = inference.interval(mean, distribution, carriers, ceiling, rate_of) or (None, None)
+        mean, rate_of = values.mean(), healthy if metric.rate_of == "benign" else carriers
+        low, high = inference.interval(mean, distribution, carriers, metric.ceiling, rate_of) or (None, None)
         metrics[name] = {"mean": _number(mean), "low": low, "high": high, "per_seed": [*map(_number, values)]}
     counts = {name: _mean_counts([classification.confusion(run.labels, run.scores, run.thresholds if chosen else 0.5)
                                   for run in seeds.values()]) for name, chosen in (("50", False), ("chosen", True))}
@@ -98,14 +97,14 @@ def _mcnemar(one, two):
 
 def _adjust(rows):
     """Holm over the contrasts for each metric, and the verdict."""
-    for name in classification.METRICS:
+    for name, metric in classification.METRICS.items():
         cells = [row["metrics"][name] for row in rows]
         tested = [cell for cell in cells if cell["p"] is not None]
         for cell, p in zip(tested, inference.holm([cell["p"] for cell in tested])):
             cell["p_holm"] = p
         for cell in cells:
             cell.setdefault("p_holm", None)
-            cell["verdict"] = verdict(cell["difference"], cell["p_holm"], name in classification.LOWER_IS_BETTER)
+            cell["verdict"] = verdict(cell["difference"], cell["p_holm"], metric.lower_is_better)
 
 
 def verdict(difference: float | None, p_holm: float | None, lower_is_better: bool = False) -> str:

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import linalg, optimize, stats
+from scipy import linalg, stats
+
+from lesion.stats import inference
 
 BLOCK = 1024  # rows of a kernel or distance matrix held at once
 
@@ -74,7 +76,8 @@ def _within_groups(x, group, size):
     """Sum of k over the pairs (i, j), i != j, inside each group."""
     sums = np.zeros(len(size))
     for g in np.flatnonzero(size > 1):
-        sums[g] = _kernel_row_sums(rows := x[group == g], rows).sum()
+        rows = x[group == g]
+        sums[g] = _kernel_row_sums(rows, rows).sum()
     return sums
 
 
@@ -227,7 +230,7 @@ def two_sample(real: np.ndarray, synthetic: np.ndarray, patients: np.ndarray | N
     variance) is fitted on four folds and scored on the fifth; a patient's tiles (`patients` [N]) stay in one fold;
     `auc` is the mean over folds. Least squares in place of logistic regression makes one factorisation serve all
     relabellings. p: share of relabellings, over patients and synthetic tiles alike, with an AUC at least as high (+1 of
-    both). Interval: `auc_interval`, its variance raised by as much as the relabelled AUCs vary beyond theory, as folds
+    both). Interval: `inference.auc_interval`, its variance raised by as much as the relabelled AUCs vary beyond theory, as folds
     share their training tiles. At most `limit` tiles of each.
     """
     real, synthetic = check(real, synthetic, least=2 * folds)
@@ -245,8 +248,8 @@ def two_sample(real: np.ndarray, synthetic: np.ndarray, patients: np.ndarray | N
     aucs = _cross_validated(np.concatenate([real, synthetic]), labels, groups, folds, seed)
     excess = 1.0
     if permutations > 1:
-        excess = max(1.0, aucs[1:].var(ddof=1) / _auc_variance(0.5, len(synthetic), len(real)))
-    low, high = auc_interval(aucs[0], len(synthetic), len(real), excess)
+        excess = max(1.0, aucs[1:].var(ddof=1) / inference.auc_variance(0.5, len(synthetic), len(real)))
+    low, high = inference.auc_interval(aucs[0], len(synthetic), len(real), excess)
     p = (1 + (aucs[1:] >= aucs[0]).sum()) / (1 + permutations)
     return TwoSample(float(aucs[0]), low, high, float(p), len(real), len(synthetic))
 
@@ -267,23 +270,3 @@ def _cross_validated(features, labels, groups, folds, seed):
         with np.errstate(invalid="ignore"):  # a relabelling may leave a small fold with one kind only: 0 / 0, left out
             aucs.append(((ranks * positive).sum(0) - m * (m + 1) / 2) / (m * (len(test) - m)))
     return np.nanmean(aucs, axis=0)
-
-
-def auc_interval(auc: float, m: int, n: int, excess: float = 1.0, level: float = 0.95) -> tuple[float, float]:
-    """Interval of an area under the ROC curve of m positives and n negatives that is not empty at 0 or 1: all A with
-    |auc - A| <= z sqrt(excess V(A)), V as in `_auc_variance` (Newcombe 2006, Statistics in Medicine 25:559, method 5).
-    """
-    z = stats.norm.ppf((1 + level) / 2)
-
-    def outside(a):
-        return (auc - a) ** 2 - z * z * excess * _auc_variance(a, m, n)
-
-    low = optimize.brentq(outside, 0, auc - 1e-9) if auc > 1e-6 else 0.0
-    high = optimize.brentq(outside, auc + 1e-9, 1) if auc < 1 - 1e-6 else 1.0
-    return float(low), float(high)
-
-
-def _auc_variance(a, m, n):
-    """A (1-A) (1 + (N-1) (1-A)/(2-A) + (N-1) A/(1+A)) / (mn), N = (m+n) / 2 (Hanley & McNeil's, made symmetric)."""
-    half = (m + n) / 2 - 1
-    return a * (1 - a) * (1 + half * (1 - a) / (2 - a) + half * a / (1 + a)) / (m * n)

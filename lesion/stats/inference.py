@@ -6,7 +6,7 @@ stratified by what they carry. Decisions: McNemar's exact test. Several contrast
 Proven by tests/stats/test_inference.py: pROC's published values, closed forms, coverage by simulation.
 """
 import numpy as np
-from scipy import special, stats
+from scipy import optimize, special, stats
 
 from lesion.stats import classification
 
@@ -22,6 +22,26 @@ def clopper_pearson(count: float, n: float, level: float = LEVEL) -> tuple[float
     low = stats.beta.ppf(tail, count, n - count + 1) if count > 0 else 0.0
     high = stats.beta.ppf(1 - tail, count + 1, n - count) if count < n else 1.0
     return float(low), float(high)
+
+
+def auc_interval(auc: float, m: int, n: int, excess: float = 1.0, level: float = LEVEL) -> tuple[float, float]:
+    """Interval of an area under the ROC curve of m positives and n negatives that is not empty at 0 or 1: all A with
+    |auc - A| <= z sqrt(excess V(A)), V as in `auc_variance` (Newcombe 2006, Statistics in Medicine 25:559, method 5).
+    """
+    z = stats.norm.ppf((1 + level) / 2)
+
+    def surplus(a):
+        return (auc - a) ** 2 - z * z * excess * auc_variance(a, m, n)
+
+    low = optimize.brentq(surplus, 0, auc - 1e-9) if auc > 1e-6 else 0.0
+    high = optimize.brentq(surplus, auc + 1e-9, 1) if auc < 1 - 1e-6 else 1.0
+    return float(low), float(high)
+
+
+def auc_variance(a: float, m: int, n: int) -> float:
+    """A (1-A) (1 + (N-1) (1-A)/(2-A) + (N-1) A/(1+A)) / (mn), N = (m+n) / 2 (Hanley & McNeil's, made symmetric)."""
+    half = (m + n) / 2 - 1
+    return a * (1 - a) * (1 + half * (1 - a) / (2 - a) + half * a / (1 + a)) / (m * n)
 
 
 # ---------------------------------------------------------------------------------------------- DeLong

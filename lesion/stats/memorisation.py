@@ -6,16 +6,10 @@ the adaptive threshold of Carlini et al. (arXiv:2301.13188): a tile of plain ski
 without being a copy of any. `three_sample` is the test of Meehan et al. (arXiv:2004.05675) for copying that is spread
 thin. Proven by tests/stats/test_memorisation.py: brute force, planted copies of real tiles, level by simulation.
 """
-import os
-import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from scipy import stats
-
-from lesion.run import files
 
 SIDE = 16          # pixels across at which tiles are compared, 0.94 mm each: noise and JPEG average out
 NEIGHBOUR = 5      # up to 4 near-duplicates of one training tile do not hide its copy
@@ -24,8 +18,9 @@ BLOCK = 512        # queries compared at once: [BLOCK, N] distances in float32
 
 
 def views(images: np.ndarray) -> list[np.ndarray]:
-    """The 8 dihedral views of images [M,R,R,...]: view v is v % 4 quarter turns, of the mirrored tile if v >= 4."""
-    return [np.rot90(side, turns, (1, 2)) for side in (images, images[:, :, ::-1]) for turns in range(4)]
+    """The 8 dihedral views of images [M,R,R,...], numbered as in lesion.tiles.views: v % 4 quarter turns, then mirrored if v >= 4."""
+    turned = [np.rot90(images, turns, (1, 2)) for turns in range(4)]
+    return turned + [view[:, :, ::-1] for view in turned]
 
 
 def pixel_vectors(images_u8: np.ndarray) -> np.ndarray:
@@ -183,36 +178,3 @@ def cells(training: np.ndarray, *others: np.ndarray, count: int = 10, seed: int 
     from sklearn.cluster import KMeans
     model = KMeans(min(count, len(training)), n_init=1, random_state=seed).fit(training.astype(np.float32))
     return [model.predict(vectors.astype(np.float32)) for vectors in others]
-
-
-# -------------------------------------------------------------------------------- a set without its copies
-
-def drop_copies(folder: Path, names: Iterable[str], out: Path) -> int:
-    """Make `out`, the synthetic folder without the tiles named (`file_name`): their rows of the manifest go and are
-    listed in `dropped.json`, the other pictures are hard-linked (copied where links are impossible). Returns how many
-    are left.
-
-    ValueError if `out` exists and is not empty, a name is not in the manifest, or nothing would be left.
-    """
-    folder, out, names = Path(folder), Path(out), set(names)
-    rows = files.read_manifest(folder)
-    unknown = sorted(names - {row["file_name"] for row in rows})
-    if unknown:
-        raise ValueError(f"{folder} has no tile {unknown[0]!r}")
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} exists and is not empty: give another folder for the tiles without copies")
-    kept = [row for row in rows if row["file_name"] not in names]
-    if not kept:
-        raise ValueError(f"all {len(rows)} tiles of {folder} are copies: nothing would be left")
-    for row in kept:
-        target = out / row["file_name"]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(folder / row["file_name"], target)
-        except OSError:
-            shutil.copyfile(folder / row["file_name"], target)
-    if (folder / "provenance.json").is_file():  # which tiles the generator saw: classify.py asks for it
-        shutil.copyfile(folder / "provenance.json", out / "provenance.json")
-    files.write_json(out / "dropped.json", {"from": str(folder), "copies": sorted(names)})
-    files.write_manifest(out, kept)
-    return len(kept)

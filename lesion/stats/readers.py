@@ -68,18 +68,9 @@ def roc_area(ratings: np.ndarray, is_real: np.ndarray) -> tuple[float, float, fl
     areas, covariance = inference.delong(is_real.astype(int), ratings[None].astype(float))
     area, se = float(areas[0]), float(np.sqrt(max(covariance[0, 0], 0.0)))
     if se < 1e-9:
-        return area, *_newcombe(area, int(is_real.sum()), int((~is_real).sum()))
+        return area, *inference.auc_interval(area, int(is_real.sum()), int((~is_real).sum()))
     half = stats.norm.ppf(0.975) * se
     return area, max(area - half, 0.0), min(area + half, 1.0)
-
-
-def _newcombe(area: float, m: int, n: int) -> tuple[float, float]:
-    """Areas theta with |area - theta| = 1.96 sqrt(V(theta)); V of Hanley & McNeil 1982, (m + n) / 2 for both counts."""
-    theta = np.linspace(0, 1, 100_001)
-    spread = (m + n) / 2 - 1
-    variance = theta * (1 - theta) / (m * n) * (1 + spread * ((1 - theta) / (2 - theta) + theta / (1 + theta)))
-    inside = theta[np.abs(area - theta) <= stats.norm.ppf(0.975) * np.sqrt(variance)]
-    return float(inside.min()), float(inside.max())
 
 
 # ------------------------------------------------------------------------------------- all readers
@@ -164,10 +155,12 @@ def _areas(ratings, is_real, seen, totals):
 
 
 def cohen_kappa(first: np.ndarray, second: np.ndarray) -> float | None:
-    """(p_o - p_e) / (1 - p_e) of two readers' answers [n]; None where both only ever gave one and the same answer."""
-    values = np.union1d(first, second)
-    expected = sum((first == v).mean() * (second == v).mean() for v in values)
-    return None if expected > 1 - 1e-12 else float(((first == second).mean() - expected) / (1 - expected))
+    """(p_o - p_e) / (1 - p_e) of two readers' answers [n] (scikit-learn's); None where both only ever gave one and the
+    same answer, which leaves nothing to agree on beyond chance."""
+    from sklearn.metrics import cohen_kappa_score
+    if len(np.union1d(first, second)) < 2:
+        return None
+    return float(cohen_kappa_score(first, second))
 
 
 def fleiss_kappa(counts: np.ndarray) -> float | None:

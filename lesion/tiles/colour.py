@@ -19,6 +19,8 @@ Proven by tests/tiles/test_colour.py; why the default is none: docs/RESULTS.md.
 """
 import numpy as np
 
+from lesion.tiles.srgb import LINEAR, encode
+
 NAMES = ("none", "grey-world", "shades-of-gray", "max-rgb", "skin-locus")
 MINKOWSKI = {"grey-world": 1.0, "shades-of-gray": 6.0, "max-rgb": np.inf}
 LUMINANCE = np.array([0.2126, 0.7152, 0.0722])  # of linear sRGB, BT.709
@@ -67,16 +69,6 @@ def to_u8(values: np.ndarray) -> np.ndarray:
 
 # --- skin-locus ------------------------------------------------------------------------------------------------------
 
-_CODES = np.arange(256) / 255.0
-LINEAR = np.where(_CODES <= 0.04045, _CODES / 12.92, ((_CODES + 0.055) / 1.055) ** 2.4).astype(np.float32)  # sRGB
-
-
-def encode(linear: np.ndarray) -> np.ndarray:
-    """Linear light (1 is white) to sRGB 0..255, float."""
-    linear = np.maximum(linear, 0)
-    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
-
-
 def skin_light(image: np.ndarray) -> np.ndarray:
     """Median linear RGB [3] of the skin around the lesion of `image` [S,S,3] uint8; every channel at least 1e-3."""
     side = image.shape[0]
@@ -110,7 +102,7 @@ def skin_locus(image: np.ndarray, reference: dict) -> np.ndarray:
     cast *= min(1.0, CAST_LIMIT / max(np.linalg.norm(cast), 1e-9))
     gains = np.exp([-cast[0], 0.0, -cast[1]])
     gains = np.clip(gains * (LUMINANCE @ skin) / (LUMINANCE @ (gains * skin)), *GAIN_LIMITS)
-    return to_u8(encode(LINEAR[image] * gains * shading_gain(image)[..., None]))
+    return to_u8(255 * encode(LINEAR[image] * gains * shading_gain(image)[..., None]))
 
 
 def shading_gain(image: np.ndarray) -> np.ndarray:

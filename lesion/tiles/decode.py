@@ -126,7 +126,7 @@ def recorded_norm(folder: Path) -> tuple[str, dict | None]:
     path = Path(folder) / "dataset.json"
     if not path.is_file():
         return "none", None
-    record = json.loads(path.read_text())
+    record = json.loads(path.read_text(encoding="utf-8"))
     return colour.check(record.get("color_norm", "none")), record.get("color_norm_reference")
 
 
@@ -154,7 +154,7 @@ def load_tiles(folder: Path, rows: list[dict], resolution: int, progress: Callab
             files.write_json(listing, problems)
         except OSError:
             return _tiles(images, rows, problems)
-    return _tiles(np.load(cached, mmap_mode="r"), rows, json.loads(listing.read_text()))
+    return _tiles(np.load(cached, mmap_mode="r"), rows, json.loads(listing.read_text(encoding="utf-8")))
 
 
 def _stamp(path: Path) -> list[int]:

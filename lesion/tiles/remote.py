@@ -17,7 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 import requests
 from remotezip import PartialBuffer, RemoteFetcher, RemoteZip, RemoteZipError
 
-from lesion.tiles import isic
+from lesion.tiles.archives import is_table, zip_members
+from lesion.tiles.source import Source, label_table_of, origin_of
 from lesion.tiles.tables import Table, file_table
 
 TRIES = 8          # in a row without a single byte
@@ -97,7 +98,7 @@ class _Fetcher(RemoteFetcher):
         return PartialBuffer(io.BytesIO(data), start, len(data), stream=False)
 
 
-def open_url(url: str, ground_truth: str | None, workers: int) -> tuple[isic.Source, list[Table]]:
+def open_url(url: str, ground_truth: str | None, workers: int) -> tuple[Source, list[Table]]:
     """The official archive at `url` and its label table, from beside it or `ground_truth` (a path or URL)."""
     name = url.partition("?")[0].rpartition("/")[2]
     if not name.lower().endswith(".zip"):
@@ -107,7 +108,7 @@ def open_url(url: str, ground_truth: str | None, workers: int) -> tuple[isic.Sou
         archive = RemoteZip(remote, fetcher=_Fetcher)
     except (zipfile.BadZipFile, RemoteZipError) as error:
         raise ValueError(f"{url} is not a readable zip file: {error}") from None
-    members = isic.zip_members(archive, name)
+    members = zip_members(archive, name)
     starts = sorted([member.header_offset for member in archive.infolist()] + [archive.start_dir])
     ends = dict(zip(starts, starts[1:]))
 
@@ -126,10 +127,10 @@ def open_url(url: str, ground_truth: str | None, workers: int) -> tuple[isic.Sou
             pool.shutdown(cancel_futures=True)
 
     tables = [_text(member.filename, lambda m=member: fetch(m)) for member in archive.infolist()
-              if isic.is_table(member.filename)]
-    source = isic.Source("zip at a URL", members, read, lambda i: [members[i].file_size, members[i].CRC],
-                         lambda i: isic.origin_of(name), tables, remote=True,
-                         suffix=lambda i: os.path.splitext(members[i].filename)[1].lower())
+              if is_table(member.filename)]
+    source = Source("zip at a URL", members, read, lambda i: [members[i].file_size, members[i].CRC],
+                    lambda i: origin_of(name), tables, remote=True,
+                    suffix=lambda i: os.path.splitext(members[i].filename)[1].lower())
     labels = _labels(url, name, ground_truth)
     source.tables = [labels, *_supplement(url, name), *tables]
     return source, [labels]
@@ -156,13 +157,13 @@ def member_bytes(raw: bytes, member: zipfile.ZipInfo) -> bytes:
 def _labels(url: str, name: str, ground_truth: str | None) -> Table:
     if ground_truth and not str(ground_truth).startswith(("http://", "https://")):
         return file_table(ground_truth, "--ground-truth")
-    address = ground_truth or url.replace(name, isic.label_table_of(name))
+    address = ground_truth or url.replace(name, label_table_of(name))
     return _text(address.rpartition("/")[2], _whole(address))
 
 
 def _supplement(url: str, name: str) -> list[Table]:
     """The archive's Supplement table, where there is one."""
-    address = url.replace(name, isic.label_table_of(name).replace("GroundTruth", "Supplement"))
+    address = url.replace(name, label_table_of(name).replace("GroundTruth", "Supplement"))
     try:
         return [_text(address.rpartition("/")[2], _whole(address))]
     except ValueError as error:

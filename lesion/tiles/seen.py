@@ -6,7 +6,6 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lesion.lora import formats
 from lesion.run import files
 
 
@@ -21,16 +20,16 @@ class Parts:
 
 
 def train_files(data: Path, rows: list[dict]) -> list[dict]:
-    """What the LoRA is about to see: {file_name, sha256, patient_id} a tile; the leak check of the experiments compares these."""
-    return [{"file_name": row["file_name"], "sha256": files.sha256_file(Path(data) / row["file_name"]), "patient_id": row.get("patient_id")}
-            for row in rows]
+    """What the LoRA is about to see: {file_name, sha256, patient_id} a tile; the experiments' leak check compares these."""
+    return [{"file_name": row["file_name"], "sha256": files.sha256_file(Path(data) / row["file_name"]),
+             "patient_id": row.get("patient_id")} for row in rows]
 
 
-def files_seen(seen: list[dict], start: str | None) -> list[dict] | None:
-    """`seen` and what the starting LoRA saw before; None if that is not known."""
+def files_seen(seen: list[dict], start: Path | None) -> list[dict] | None:
+    """`seen` and what the starting LoRA, the file `start`, saw before; None if that is not known."""
     if start is None:
         return seen
-    before = files_of_lora(formats.find(Path(start)))
+    before = files_of_lora(start)
     if before is None:
         return None
     return seen + [row for row in before if row not in seen]
@@ -40,7 +39,7 @@ def files_of_lora(lora: Path) -> list[dict] | None:
     """The tiles that a LoRA file of a run folder (or of its checkpoints/) has seen; None if the file stands elsewhere."""
     for folder in (lora.parent, lora.parent.parent):
         if (folder / "train_files.json").is_file():
-            return json.loads((folder / "train_files.json").read_text())
+            return json.loads((folder / "train_files.json").read_text(encoding="utf-8"))
     return None
 
 
@@ -93,7 +92,7 @@ def overlap(seen: list[dict], rows: list[dict], patients: bool = True) -> list[s
 def _loras(folder, rows):
     """(the LoRAs of provenance.json whose tiles are known, what is missing to trust the folder or None)."""
     try:
-        loras = json.loads((folder / "provenance.json").read_text())["loras"]
+        loras = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))["loras"]
         known = {lora["sha256"] for lora in loras}
         complete = [lora for lora in loras if all("file_name" in tile for tile in lora["train_files"] or [{}])]
     except (OSError, ValueError, KeyError, TypeError):

@@ -9,6 +9,7 @@ from PIL import Image
 
 from lesion.tiles.decode import fill_borders
 from lesion.tiles.tables import Table, columns, split_of
+from lesion.tiles.views import VIEWS, dihedral
 
 PARTS = ("train", "val", "test")
 FOLDS = {"test": 5, "val": 10}  # a fifth of all is test, a tenth of the rest val
@@ -106,9 +107,8 @@ def near_copies(a: np.ndarray, b: np.ndarray) -> list[tuple[int, int, float]]:
     """(row of a, row of b, likeness) of fingerprints at least NEAR alike in one of the 8 dihedral views, b turned."""
     found = {}
     square = b.reshape(-1, 32, 32)
-    for view in range(8):
-        turned = np.rot90(square[:, :, ::-1] if view >= 4 else square, view % 4, axes=(1, 2)).reshape(len(b), -1)
-        turned = turned.astype(np.float32)
+    for view in range(VIEWS):
+        turned = dihedral(square, view, (1, 2)).reshape(len(b), -1).astype(np.float32)
         for start in range(0, len(a), 2000):
             alike = a[start:start + 2000].astype(np.float32) @ turned.T
             for i, j in np.argwhere(alike >= NEAR):

@@ -63,6 +63,7 @@ def header_of(table: Table) -> list[str]:
 
 
 def some(names: list[str]) -> str:
+    """The first six of `names`, for a message."""
     return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "") if names else "no columns"
 
 

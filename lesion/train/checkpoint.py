@@ -4,44 +4,78 @@ Proven by tests/train/test_checkpoint.py and tests/train/test_train_lora.py.
 """
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from lesion.lora import formats, layers
+from lesion.run.files import read_jsonl
 from lesion.run.optim import load_optimizer_tensors, optimizer_tensors
-from lesion.run.state import grouped, load_state, of_group, save_state
+from lesion.run.state import fitting, grouped, load_newest, of_group, save_state
 from lesion.train.setup import Recipe
+
+STATE = "checkpoint.safetensors"
+
+
+@dataclass
+class Progress:
+    """How far a run is: steps done, steps void by an fp16 overflow in all, and those in a row up to now."""
+    done: int = 0
+    skipped: int = 0
+    in_a_row: int = 0
 
 
 def save_checkpoint(folder: Path, recipe: Recipe, record: dict, networks: dict[str, nn.Module], optimizer: torch.optim.Optimizer,
-                    scaler: torch.amp.GradScaler, done: int, skipped: int) -> None:
-    """The run's state, the LoRA of this step, and at the last step RUN/lora.safetensors; each written atomically."""
+                    scaler: torch.amp.GradScaler, at: Progress) -> None:
+    """The run's state (the last one stays as its predecessor), the LoRA of this step, and at the last step
+    RUN/lora.safetensors; each written atomically. ValueError, and nothing written, at the end of a run that never learnt."""
+    if at.done == recipe.steps == at.skipped:
+        raise ValueError(f"all {at.done} steps overflowed in fp16: nothing was learnt, no LoRA is written; use --precision bf16 or fp32")
     factors = layers.all_factors(networks)
-    metadata = lora_metadata(recipe, record, done)
-    formats.write(folder / "checkpoints" / f"lora-{done:06d}.safetensors", factors, metadata, recipe.lora_format)
+    lora = {f"{name}.{kind}": getattr(part, kind) for name, part in factors.items() for kind in ("down", "up")}
+    save_state(folder / STATE, grouped(lora=lora, optimizer=optimizer_tensors(optimizer)), {
+        **vars(at), "scaler": scaler.state_dict(), "alpha": {name: part.alpha for name, part in factors.items()}}, keep_last=True)
+    write_loras(folder, recipe, record, networks, at.done)
+
+
+def lora_of_step(folder: Path, done: int) -> Path:
+    """Where the LoRA of a checkpoint is kept."""
+    return folder / "checkpoints" / f"lora-{done:06d}.safetensors"
+
+
+def write_loras(folder: Path, recipe: Recipe, record: dict, networks: dict[str, nn.Module], done: int) -> None:
+    """checkpoints/lora-<step>.safetensors and, at the last step, lora.safetensors: what the state of that step holds."""
+    factors, metadata = layers.all_factors(networks), lora_metadata(recipe, record, done)
+    formats.write(lora_of_step(folder, done), factors, metadata, recipe.lora_format)
     if done == recipe.steps:
         formats.write(folder / "lora.safetensors", factors, metadata, recipe.lora_format)
-    lora = {f"{name}.{kind}": getattr(part, kind) for name, part in factors.items() for kind in ("down", "up")}
-    save_state(folder / "checkpoint.safetensors", grouped(lora=lora, optimizer=optimizer_tensors(optimizer)), {
-        "step": done, "skipped": skipped, "scaler": scaler.state_dict(), "alpha": {name: part.alpha for name, part in factors.items()}})
 
 
 def load_checkpoint(folder: Path, networks: dict[str, nn.Module], optimizer: torch.optim.Optimizer,
-                    scaler: torch.amp.GradScaler) -> tuple[int, int]:
-    """Put the newest state back; (steps done, steps skipped for overflow), (0, 0) where there is none yet."""
-    path = folder / "checkpoint.safetensors"
-    if not path.is_file():
-        return 0, 0
-    tensors, meta = load_state(path)
-    for name, network in networks.items():
-        lora, alphas = of_group(tensors, f"lora.{name}"), layers.of_network(meta["alpha"], name)
-        factors = {path: layers.Factors(lora[f"{path}.down"], lora[f"{path}.up"], alpha) for path, alpha in alphas.items()}
-        layers.set_factors(network, factors)
-    load_optimizer_tensors(optimizer, of_group(tensors, "optimizer"))
-    scaler.load_state_dict(meta["scaler"])
-    return meta["step"], meta["skipped"]
+                    scaler: torch.amp.GradScaler, say: Callable[[str], None] = lambda text: None) -> Progress:
+    """Put the newest whole state back and return how far it is; `say` hears of a damaged or missing one, and of a run that
+    has none and so begins again. ValueError where what there is is damaged, or of another shape than this run."""
+    found = load_newest(folder / STATE)
+    if found is None:
+        logged = len(read_jsonl(folder / "metrics.jsonl")) if (folder / "metrics.jsonl").is_file() else 0
+        if logged:
+            say(f"{folder} has no saved state, only {logged} rows of its log: it begins again at step 0")
+        return Progress()
+    tensors, meta, notes = found
+    for note in notes:
+        say(note)
+    with fitting(folder / STATE):
+        at = Progress(*(meta[name] for name in vars(Progress())))
+        for name, network in networks.items():
+            lora, alphas = of_group(tensors, f"lora.{name}"), layers.of_network(meta["alpha"], name)
+            factors = {path: layers.Factors(lora[f"{path}.down"], lora[f"{path}.up"], alpha) for path, alpha in alphas.items()}
+            layers.set_factors(network, factors)
+        load_optimizer_tensors(optimizer, of_group(tensors, "optimizer"))
+        scaler.load_state_dict(meta["scaler"])
+    return at
 
 
 def lora_metadata(recipe: Recipe, record: dict, done: int) -> dict[str, str]:

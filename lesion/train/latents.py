@@ -34,7 +34,8 @@ def encode(vae: VAE, images_u8: np.ndarray, pairs: np.ndarray, folder: Path, dev
     """mean, logvar float32 [N,8,4,h,w] on `device`, filled at the (tile, view) rows of `pairs` [M,2]; the rest is NaN.
 
     Kept in `folder`/latents-<key>.safetensors, key = SHA-256 of the tiles' pixels (so resolution and colour normalisation) and of the
-    VAE's weights. On the CPU one tile is encoded at a time, so that a value never depends on its neighbours.
+    VAE's weights; its content is verified by its hash, a damaged one is made anew. On the CPU one tile is encoded at a time, so that
+    a value never depends on its neighbours.
     Raises ValueError if the VAE's output is not finite.
     """
     key = files.sha256_json([weights_sha256(vae), list(images_u8.shape), files.sha256_bytes(np.ascontiguousarray(images_u8))])[:16]
@@ -43,11 +44,10 @@ def encode(vae: VAE, images_u8: np.ndarray, pairs: np.ndarray, folder: Path, dev
     shape = (len(images_u8), VIEWS, vae.config.latent_channels, side, side)
     mean, logvar = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
     if path.is_file():
-        try:
-            saved, _ = load_state(path)
-            mean, logvar = saved["mean"], saved["logvar"]
-        except (ValueError, KeyError):
-            path.unlink()  # a damaged cache is only a cache
+        with contextlib.suppress(ValueError, KeyError):  # damaged, or another set's under this name: only a cache, made anew
+            saved, meta = load_state(path)
+            if meta["key"] == key and saved["mean"].shape == saved["logvar"].shape == shape:
+                mean, logvar = saved["mean"], saved["logvar"]
     have = ~mean[:, :, 0, 0, 0].isnan().numpy()
     todo = sorted({(int(i), int(v)) for i, v in pairs if not have[i, v]})
     batch = 1 if device.type == "cpu" else 16
@@ -61,12 +61,13 @@ def encode(vae: VAE, images_u8: np.ndarray, pairs: np.ndarray, folder: Path, dev
                 if not (m.isfinite().all() and s.isfinite().all()):
                     raise ValueError(f"the VAE gives NaN or infinity for tile number {i}: is the checkpoint damaged?")
             if count % 500 == 0:
-                _keep(path, mean, logvar)
+                _keep(path, key, mean, logvar)
     if todo:
-        _keep(path, mean, logvar)
+        _keep(path, key, mean, logvar)
     return mean.to(device), logvar.to(device)
 
 
-def _keep(path: Path, mean: Tensor, logvar: Tensor) -> None:
-    with contextlib.suppress(OSError):  # a data set in a read-only place is used without a cache
-        save_state(path, {"mean": mean, "logvar": logvar}, {})
+def _keep(path: Path, key: str, mean: Tensor, logvar: Tensor) -> None:
+    with contextlib.suppress(OSError):  # a data set in a read-only or full place is used without a cache
+        files.sweep(path.parent, deep=False)
+        save_state(path, {"mean": mean, "logvar": logvar}, {"key": key})

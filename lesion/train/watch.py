@@ -122,8 +122,8 @@ def quartiles(error: Tensor, timesteps: Tensor) -> dict[int, float | None]:
 class Log:
     """metrics.jsonl (the same bytes in every run of a recipe) and timing.jsonl (not): losses stay on the device until `flush`."""
 
-    def __init__(self, folder: Path, device: torch.device, rows: list[dict], done: int, batch: int):
-        self.folder, self.device, self.rows, self.batch = Path(folder), device, rows, batch
+    def __init__(self, folder: Path, device: torch.device, rows: list[dict], done: int, batch: int, writes: bool = True):
+        self.folder, self.device, self.rows, self.batch, self.writes = Path(folder), device, rows, batch, writes
         self.waiting: list[tuple] = []
         self.seen = [done, time.perf_counter()]
 
@@ -135,16 +135,26 @@ class Log:
     def step(self, done: int, error: Tensor, timesteps: Tensor, tile: np.ndarray, grad_norm: Tensor, lr: float, skipped: int) -> None:
         self.waiting.append((done, error, timesteps, tile, grad_norm, lr, skipped))
 
+    def check(self, world: int) -> None:
+        """In every process at the same step: ValueError at the first loss that is not finite, with its tiles; in the other
+        processes too, so that none waits for one that has left."""
+        own = ""
+        for done, error, timesteps, tile, *_ in self.waiting:
+            bad = (~error.isfinite()).nonzero()[:, 0].tolist()
+            if bad and not own:
+                own = (f"step {done}: loss is not finite for timesteps {[int(timesteps[i]) for i in bad]}, tiles "
+                       f"{[self.rows[tile[i]]['file_name'] for i in bad]}; nothing was saved over the last checkpoint; "
+                       "lower --lr or use --precision fp32")
+        if devices.agree(bool(own), world):
+            raise ValueError(own or f"step {self.waiting[-1][0]}: loss is not finite in another process, which names the tiles")
+        if not self.writes:
+            self.waiting = []
+
     def flush(self) -> str:
-        """Write what waits; a line for the progress bar. ValueError at the first loss that is not finite, with its tiles."""
+        """Write what waits, which `check` has passed; a line for the progress bar."""
         rows = []
-        for done, error, timesteps, tile, grad_norm, lr, skipped in self.waiting:
+        for done, error, timesteps, _, grad_norm, lr, skipped in self.waiting:
             error = error.cpu().double()
-            if not error.isfinite().all():
-                bad = (~error.isfinite()).nonzero()[:, 0].tolist()
-                raise ValueError(f"step {done}: loss is not finite for timesteps {[int(timesteps[i]) for i in bad]}, tiles "
-                                 f"{[self.rows[tile[i]]['file_name'] for i in bad]}; nothing was saved over the last checkpoint; "
-                                 "lower --lr or use --precision fp32")
             parts = {f"loss_q{q}": value for q, value in quartiles(error, timesteps).items()}
             norm = float(grad_norm) if math.isfinite(grad_norm) else None  # a skipped step's: JSON has no infinity
             rows.append({"step": done, "loss": error.mean().item(), **parts, "grad_norm": norm, "lr": lr, "skipped_steps": skipped})

@@ -13,6 +13,9 @@ Nothing is ever rewritten: later rows overrule earlier ones by what the app make
 line that is no JSON object (a hand edit, a file cut in the middle) is skipped and reported with its number, and its
 bytes stay; a last line torn by a crash is closed with a newline, so that the next row starts on its own. A write that
 fails (disk full) is taken back, so that the file never holds half a row that the caller was told is lost.
+This is not the rule of lesion.run.files.append_jsonl, which cuts a torn last line off, on purpose: what a machine wrote
+is written again, and a resumed log must equal an uninterrupted one byte for byte; what a person said cannot be had
+again, so no byte of theirs is ever removed, and one bad line must not shut the journal (read_jsonl would raise).
 One process writes a journal: the file is locked (flock) while it is open. Proven by tests/web/test_journal.py.
 """
 import json
@@ -101,7 +104,7 @@ def read_journal(path: Path, check: Callable[[dict], None] | None = None) -> tup
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
+        except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
             bad.append((number, f"not JSON ({error})"))
             continue
         if not isinstance(row, dict):

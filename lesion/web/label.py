@@ -13,12 +13,13 @@ import time
 from argparse import HelpFormatter, Namespace
 from pathlib import Path
 
-from lesion.run import cli
+from lesion.run import cli, lock
 
 SYNC_S = 1.0  # the manifest follows the journal after this, or after ten times what writing it took
 
 
 def parse(argv: list[str]) -> Namespace:
+    """The flags of `python -m lesion label`; exit code 2 with one line for a bad one."""
     parser = cli.Parser(prog="lesion label", description="Describe tiles in the browser: one key an answer.",
                         formatter_class=HelpFormatter)
     parser.add_argument("data", type=Path, metavar="DATA", help="prepared data set (see `python -m lesion prepare`)")
@@ -46,15 +47,22 @@ def parse(argv: list[str]) -> Namespace:
 
 
 def main(argv: list[str]) -> None:
+    """Serve the labelling page until ctrl-C, or do the one thing a flag asks for. ValueError for what cannot be."""
     args = parse(argv)
-    from lesion.web import label_desk, label_folder, server
+    with lock.owner(args.data, shared=True):
+        label(args)
+
+
+def label(args: Namespace) -> None:
+    """Bring the manifest up to date, and serve the pages."""
+    from lesion.web import label_compare, label_desk, label_export, label_folder, server
     from lesion.web.journal import Journal
     path = label_folder.journal_path(args.data, args.annotator)
     rows, notes = label_folder.select(args.data, args.label, args.split)
     for note in notes:
         print(note)
     if args.agreement:
-        print_agreement(label_folder.agreement(args.data))
+        print_agreement(label_compare.agreement(args.data))
         return
     if args.primary:
         known = {*label_folder.annotators(args.data), args.annotator}
@@ -68,7 +76,7 @@ def main(argv: list[str]) -> None:
         else:
             rows, _ = label_folder.select(args.data, args.label, args.split)
             out = args.export_captions if args.export_captions != Path() else None
-            count = label_folder.export_captions(args.data, rows, out)
+            count = label_export.export_captions(args.data, rows, out)
             print(f"{count} captions in {out or 'their pictures folder'}")
         return
     server.create_app(__name__, args.token, args.host)  # refuses, before anything is made
@@ -115,6 +123,7 @@ def follow(desk, stop: threading.Event) -> None:
 
 
 def print_agreement(table: list[dict]) -> None:
+    """Print the rows of label_compare.agreement, one block a pair of annotators."""
     for pair in dict.fromkeys((row["first"], row["second"]) for row in table):
         print(f"{pair[0]} and {pair[1]}\n  {'attribute':14}{'tiles':>7}{'agree':>8}{'kappa':>8}")
         for row in table:

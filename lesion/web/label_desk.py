@@ -41,7 +41,8 @@ class Desk:
         self.labels.add(row)
         self.dirty.set()
 
-    def tile(self, number: int):
+    def tile(self, number: int) -> label_folder.Tile:
+        """What the annotator has said of tile `number`."""
         return self.labels.tile(self.rows[number]["file_name"])
 
     def members(self, chosen: str) -> list[int] | range:

@@ -21,11 +21,10 @@ import re
 import statistics
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import combinations
 from pathlib import Path
 
 from lesion.describe.prompts import NAMES, VOCABULARY, to_sentence, validate
-from lesion.run import files
+from lesion.run import files, sums
 from lesion.web.journal import read_journal
 
 try:
@@ -47,6 +46,7 @@ def check_annotator(name: str) -> str:
 
 
 def journal_path(folder: Path, annotator: str) -> Path:
+    """Where `annotator` has their journal; ValueError for a name that cannot be a file's."""
     return Path(folder) / "labels" / f"{check_annotator(annotator)}.jsonl"
 
 
@@ -147,6 +147,7 @@ class Tile:
     revision: int = 0                               # events so far: a page that knows fewer is out of date
 
     def is_complete(self) -> bool:
+        """Whether every attribute has an answer."""
         return len(self.answers) == len(VOCABULARY)
 
 
@@ -164,6 +165,7 @@ class Labels:
             self.add(row)
 
     def tile(self, name: str) -> Tile:
+        """What was said of the tile with this file name; an empty one where nothing was."""
         return self.tiles.setdefault(name, Tile())
 
     def add(self, row: dict) -> None:
@@ -199,7 +201,10 @@ class Labels:
             tile.answers |= each["answers"]
             tile.was |= each.get("was", {})
         tile.answers = settle(tile.answers)
-        (self.complete.add if tile.is_complete() else self.complete.discard)(name)
+        if tile.is_complete():
+            self.complete.add(name)
+        else:
+            self.complete.discard(name)
         if tile.is_complete() and not before:
             with contextlib.suppress(ValueError):
                 self.times.append(datetime.fromisoformat(row.get("time", "")))
@@ -209,6 +214,11 @@ class Labels:
         gaps = [(b - a).total_seconds() for a, b in zip(self.times, self.times[1:]) if b.tzinfo and a.tzinfo]
         gaps = [gap for gap in gaps if 0 <= gap < PAUSE_S][-30:]
         return statistics.median(gaps) if len(gaps) >= 3 else None
+
+
+def read_labels(folder: Path, annotator: str) -> Labels:
+    """What `annotator` has said so far, from their journal on disk; damaged lines are left out."""
+    return Labels(read_journal(journal_path(folder, annotator), check_row)[0])
 
 
 def proposals(suggested: dict, answers: dict) -> dict:
@@ -243,6 +253,7 @@ def primary(folder: Path) -> str | None:
 
 
 def set_primary(folder: Path, annotator: str) -> None:
+    """From now on the manifest takes `annotator`'s answers."""
     files.write_json(Path(folder) / "labels" / "primary.json", {"primary": check_annotator(annotator)})
 
 
@@ -255,12 +266,13 @@ def sync(folder: Path) -> bool:
     if name is None:
         return False
     with _locked(Path(folder) / "labels" / "manifest.lock"):
-        labels = Labels(read_journal(journal_path(folder, name), check_row)[0])
+        labels = read_labels(folder, name)
         before = files.read_manifest(folder)
         after = [labelled(row, labels.tiles.get(row["file_name"]), name) for row in before]
         if after == before:
             return False
         files.write_manifest(folder, after)
+        sums.update(folder, files.MANIFEST)
         return True
 
 
@@ -296,64 +308,5 @@ def _locked(path: Path):
 
 
 def now() -> str:
+    """The time for a row: UTC, ISO 8601, to the millisecond."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-# ------------------------------------------------------------------------------------ results
-
-def export_captions(folder: Path, rows: list[dict], out: Path | None = None) -> int:
-    """Write each row's `text` as a kohya sidecar, NAME.txt, in `out` or beside the picture; how many there are.
-
-    ValueError if two pictures would share a sidecar, or none has a text.
-    """
-    texts = {}
-    for row in rows:
-        if row.get("text"):
-            picture = Path(folder) / row["file_name"]
-            path = (Path(out) / picture.name if out else picture).with_suffix(".txt")
-            if path in texts:
-                raise ValueError(f"{path} would be the caption of two pictures, {row['file_name']} and another: leave "
-                                 "DIR out to write them beside the pictures")
-            texts[path] = (row["text"] + "\n").encode()
-    if not texts:
-        raise ValueError(f"{folder}: none of the {len(rows)} tiles has a text: label some first")
-    for path, text in texts.items():
-        if not path.exists() or path.read_bytes() != text:
-            files.write_bytes(path, text)
-    return len(texts)
-
-
-def agreement(folder: Path) -> list[dict]:
-    """Cohen's kappa for each attribute and pair of annotators, over the tiles both have answered.
-
-    "Cannot tell" counts as an answer. An attribute with several values counts each value's yes or no as one decision.
-    Rows: first, second, attribute, tiles, agree (share of equal answers), kappa (None where both only gave one answer).
-    ValueError with fewer than two annotators.
-    """
-    import numpy as np
-
-    from lesion.stats.readers import cohen_kappa
-    names = annotators(folder)
-    if len(names) < 2:
-        raise ValueError(f"{folder} has answers of {len(names)} annotator{'s' * (len(names) != 1)}: agreement needs two, "
-                         "each labelling with a name of their own (--annotator)")
-    said = {name: Labels(read_journal(journal_path(folder, name), check_row)[0]).tiles for name in names}
-    table = []
-    for first, second in combinations(names, 2):
-        for attribute in VOCABULARY.values():
-            pairs = [(tile.answers[attribute.name], said[second][key].answers[attribute.name])
-                     for key, tile in said[first].items() if attribute.name in tile.answers and key in said[second]
-                     and attribute.name in said[second][key].answers]
-            a, b = (np.array([_codes(attribute, pair[n]) for pair in pairs]).ravel() for n in (0, 1))
-            table.append({"first": first, "second": second, "attribute": attribute.name, "tiles": len(pairs),
-                          "agree": float((a == b).mean()) if len(pairs) else None,
-                          "kappa": cohen_kappa(a, b) if len(pairs) else None})
-    return table
-
-
-def _codes(attribute, value) -> list[int]:
-    """The answer as numbers: one, or a yes/no for each value of a `many` attribute; -1 is "cannot tell"."""
-    values = [each.name for each in attribute.values]
-    if attribute.many:
-        return [-1 if value is None else int(each in value) for each in values]
-    return [-1 if value is None else values.index(value)]

@@ -13,12 +13,13 @@ from argparse import BooleanOptionalAction, HelpFormatter, Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lesion.run import cli
+from lesion.run import cli, lock
 
 EXPECTED_S = 8  # a tile, for the announced duration
 
 
 def parse(argv: list[str]) -> Namespace:
+    """The flags of `python -m lesion study`; exit code 2 with one line for a bad one."""
     parser = cli.Parser(prog="lesion study", description="Ask readers which tiles are real and which synthetic.",
                         formatter_class=HelpFormatter)  # defaults stand in brackets: None means "as the study has it"
     parser.add_argument("folder", type=Path, metavar="DIR", help="study folder: made if new, gone on with if there")
@@ -50,7 +51,14 @@ def parse(argv: list[str]) -> Namespace:
 
 
 def main(argv: list[str]) -> None:
+    """Make or open the study, then serve it until ctrl-C. ValueError for what the folder or the flags do not allow."""
     args = parse(argv)
+    with lock.owner(args.folder):
+        study(args)
+
+
+def study(args: Namespace) -> None:
+    """Make or open the study, write its answers, serve it."""
     from lesion.web import server, study_folder
     if args.token is None and not args.no_serve and not server.is_loopback(args.host):
         server.create_app(__name__, None, args.host)  # refuses, before anything is made

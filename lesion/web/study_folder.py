@@ -46,8 +46,10 @@ def create(folder: Path, real: Path, synthetic: Path, count: int = 20, label: st
     holds something else, a set has too few readable tiles, or the synthetic tiles differ in size and none is given.
     """
     folder, real, synthetic = Path(folder), Path(real), Path(synthetic)
-    if folder.exists() and any(path.name != "tiles" for path in folder.iterdir()):
+    if folder.exists() and any(path.name != "tiles" and path.name[0] != "." for path in folder.iterdir()):
         raise ValueError(f"{folder} holds other things and no study.json: give a new folder")
+    for left in (folder / "tiles").glob("*.png"):  # of a creation that was killed: their names are of another key
+        left.unlink()
     seed = secrets.randbelow(2 ** 32) if seed is None else seed
     key = secrets.token_bytes(32)
     manifests = {"real": files.read_manifest(real), "synthetic": files.read_manifest(synthetic)}
@@ -168,7 +170,7 @@ def _provenance(real, synthetic, synthetic_rows):
     def manifest(source):
         description = source / "dataset.json"
         return {"manifest_sha256": files.sha256_file(source / files.MANIFEST),
-                "dataset": json.loads(description.read_text()) if description.is_file() else None}
+                "dataset": json.loads(description.read_text(encoding="utf-8")) if description.is_file() else None}
     loras = {json.dumps(row.get("lora_sha256")) for row in synthetic_rows}
     bases = {json.dumps(row.get("base_sha256")) for row in synthetic_rows}
     return {"real": manifest(real), "synthetic": manifest(synthetic), "lora_sha256": sorted(loras),
@@ -237,6 +239,7 @@ def order_of(study: dict, number: int) -> list[str]:
 
 
 def journal_path(folder: Path, reader: dict) -> Path:
+    """Where a reader (an entry of study["readers"]) has their journal."""
     return Path(folder) / "answers" / f"{reader['name']}.jsonl"
 
 
@@ -332,4 +335,5 @@ def as_arrays(study: dict, table: list[dict]) -> dict:
 
 
 def now() -> str:
+    """The time for a row: UTC, ISO 8601, to the millisecond."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -36,7 +36,7 @@ class Server:
 
     def start(self):
         self.process = subprocess.Popen([sys.executable, "-m", "lesion", "label", str(self.folder), "--port", str(self.port),
-                                         "--no-browser", *self.flags], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+                                         "--no-browser", *self.flags], cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8")
         for line in self.process.stdout:
             if line.startswith("open "):
                 return

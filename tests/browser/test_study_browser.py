@@ -32,7 +32,7 @@ class Server:
 
     def start(self):
         self.process = subprocess.Popen([sys.executable, "-m", "lesion", "study", str(self.folder), "--port",
-                                         str(self.port)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+                                         str(self.port)], cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8")
         self.links = {}
         while "organiser" not in self.links:
             line = self.process.stdout.readline()
@@ -145,7 +145,7 @@ def test_two_readers_side_by_side_finish_forty_tiles(browser, serve):
     errors = [entry for entry in browser.get_log("browser") if "ERR_CONNECTION" not in entry["message"]]
     assert errors == []
     server.stop()
-    with open(server.folder / "answers.csv", newline="") as file:
+    with open(server.folder / "answers.csv", newline="", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     assert len(table) == 80
     for row in table:

@@ -1,4 +1,4 @@
-"""lesion.experiments: the arms' training sets, splits by patient, refused leaks, choices that no order changes."""
+"""lesion.classify.arms: the arms' training sets, splits by patient, refused leaks, choices that no order changes."""
 import json
 
 import pytest
@@ -204,7 +204,7 @@ def test_unknown_provenance_needs_the_flag(data, tmp_path):
              json.dumps({"loras": [{"file": "x", "sha256": "ab" * 32}]}), json.dumps([1])]
     for text in cases:
         if text is not None:
-            (tmp_path / "provenance.json").write_text(text)
+            (tmp_path / "provenance.json").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match="--accept-unknown-synthetic"):
             check(tmp_path, 8, parts)
         assert check(tmp_path, 8, parts, accept_unknown=True)["accepted_unknown"]
@@ -214,7 +214,7 @@ def test_untuned_base_needs_no_lora(data, tmp_path):
     """Tiles of the base model alone (no LoRA) pass: their provenance.json lists none."""
     _, parts, _ = data
     write_synthetic(tmp_path, 8, [], lora=None)
-    (tmp_path / "provenance.json").write_text(json.dumps({"base_sha256": "00", "loras": []}))
+    (tmp_path / "provenance.json").write_text(json.dumps({"base_sha256": "00", "loras": []}), encoding="utf-8")
     assert check(tmp_path, 8, parts)["loras"] == []
 
 
@@ -228,6 +228,6 @@ def test_bad_synthetic_folders(tmp_path):
     with pytest.raises(ValueError, match="holds 5 synthetic malignant tiles and 6 are needed"):
         arms.choose_synthetic(tmp_path, 6, 0)
     assert len(arms.choose_synthetic(tmp_path, 3, 0)) == 3
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "00000.png"}\n')
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "00000.png"}\n', encoding="utf-8")
     with pytest.raises(ValueError, match="has no label"):
         arms.choose_synthetic(tmp_path, 1, 0)

@@ -38,7 +38,7 @@ def flags(tiles, out, *more):
 
 def start(arguments):
     return subprocess.Popen([sys.executable, str(ROOT / "classify.py"), *arguments], cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_sweep_writes_predictions(sweep, tiles):
     out, text = sweep
     rows = {row["isic_id"]: row for row in files.read_manifest(tiles / "data")}
     for arm in ("A1", "S2", "O1"):
-        with open(out / arm / "seed0" / "predictions.csv", newline="") as file:
+        with open(out / arm / "seed0" / "predictions.csv", newline="", encoding="utf-8") as file:
             table = list(csv.DictReader(file))
         assert list(table[0]) == ["id", "label", "score", "split", "patient"]
         assert sorted(row["id"] for row in table) == sorted(n for n, row in rows.items() if row["split"] != "train")
@@ -72,7 +72,7 @@ def test_sweep_writes_predictions(sweep, tiles):
         assert not (out / arm / "seed0" / "state.safetensors").exists()
         steps = [row["step"] for row in files.read_jsonl(out / arm / "seed0" / "metrics.jsonl")]
         assert steps == [3, 6], "the same number of steps in every arm: two epochs of DS1, 44 tiles in batches of 16"
-    args = json.loads((out / "args.json").read_text())
+    args = json.loads((out / "args.json").read_text(encoding="utf-8"))
     assert args["experiments"] == ["A1", "S2", "O1"]
     assert args["counts"][0] == {"train": {"benign": 32, "malignant": 12}, "val": {"benign": 8, "malignant": 4},
                                  "test": {"benign": 8, "malignant": 4}, "added": 12}
@@ -111,7 +111,7 @@ def test_finished_runs_are_skipped_and_more_can_be_added(sweep, tiles, capsys):
     after = bytes_of(out)
     assert before.items() <= after.items()
     assert "B0/seed0/predictions.csv" in after
-    assert json.loads((out / "args.json").read_text())["experiments"] == ["B0", "A1", "S2", "O1"]
+    assert json.loads((out / "args.json").read_text(encoding="utf-8"))["experiments"] == ["B0", "A1", "S2", "O1"]
     with pytest.raises(ValueError, match="lr was 0.001, now 0.5"):
         classify.main(flags(tiles, out, "--lr", "0.5"))
     with pytest.raises(ValueError, match="holds a run already"):
@@ -213,7 +213,7 @@ def test_shares_of_torchrun(tiles, tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          str(ROOT / "classify.py"), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"})
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, encoding="utf-8")
     assert result.returncode == 0, result.stderr
     assert list(predictions.read_runs(tmp_path / "run")) == ["B0", "A1", "O1"]
     assert result.stdout.count("tested on") == 1

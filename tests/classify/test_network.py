@@ -119,7 +119,7 @@ def test_weights_from_a_file(tmp_path):
 def test_bad_weights(tmp_path):
     """No such file, another network's, something else, an unknown architecture: one line each."""
     torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "r34.pth")
-    (tmp_path / "text.pth").write_text("no weights")
+    (tmp_path / "text.pth").write_text("no weights", encoding="utf-8")
     for weights, words in ((tmp_path / "none.pth", "no such file"), (tmp_path / "text.pth", "not a state dict")):
         with pytest.raises(ValueError, match=words):
             network.build("resnet18", str(weights), 0)

@@ -66,9 +66,9 @@ def test_damaged_tables(tmp_path, old, new, words):
     """A column missing, an unknown label or split, no validation, a score out of range, an id twice: named."""
     path = tmp_path / "predictions.csv"
     predictions.write(path, parts(), scores(seed=1), scores())
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     assert old in text
-    path.write_text(text.replace(old, new))
+    path.write_text(text.replace(old, new), encoding="utf-8")
     if words is None:
         assert predictions.read(path).labels.sum() == 3
     else:
@@ -80,8 +80,8 @@ def test_a_class_missing_is_named(tmp_path):
     """Benign test tiles only: the file is named, no metric is made up."""
     path = tmp_path / "predictions.csv"
     predictions.write(path, parts(), scores(seed=1), scores())
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join(line for line in lines if "malignant" not in line or ",val," in line))
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join(line for line in lines if "malignant" not in line or ",val," in line), encoding="utf-8")
     with pytest.raises(ValueError, match=r"predictions\.csv: 4 tiles of one class only"):
         predictions.read(path)
 

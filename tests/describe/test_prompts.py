@@ -159,4 +159,4 @@ def test_bad_draws():
 def test_imports_are_light():
     """The command modules import this at their top, so it must not pull in anything heavy."""
     code = "import sys, lesion.describe.prompts; print([m for m in ('torch', 'skimage', 'scipy') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8").stdout.strip() == "[]"

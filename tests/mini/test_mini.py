@@ -27,7 +27,7 @@ def test_size_and_origin():
         assert "benign training tiles" in about["lesion_data"]
         assert "CC-BY 4.0" in about["license"]
         assert "International Skin Imaging Collaboration" in about["attribution"]
-    assert "CC-BY 4.0" in (folders.MINI / "README.md").read_text()
+    assert "CC-BY 4.0" in (folders.MINI / "README.md").read_text(encoding="utf-8")
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -8,9 +8,9 @@ import pytest
 
 from lesion.describe.attributes import ita_degrees
 from lesion.describe.prompts import NAMES, from_sentence
-from lesion.describe.segment import rgb_to_lab
 from lesion.mini import phantoms
 from lesion.run import files
+from lesion.tiles.srgb import to_lab
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_every_tone_and_colour(tiles):
     for image, attributes, truth in tiles:
         assert image.shape == (128, 128, 3)
         assert image.dtype == np.uint8
-        light, _, b = np.median(rgb_to_lab(image)[~truth["mask"]], 0)
+        light, _, b = np.median(to_lab(image)[~truth["mask"]], 0)
         errors.append(abs(ita_degrees(light, b) - truth["ita"]))
         edges = (55, 41, 28, 10, -30)
         assert attributes["skin_tone"] == NAMES["skin_tone"][sum(truth["ita"] < edge for edge in edges)]
@@ -99,7 +99,7 @@ def test_lesions_can_be_seen(tiles):
     from scipy import ndimage
     gaps = []
     for image, _, truth in tiles:
-        lab = rgb_to_lab(image)
+        lab = to_lab(image)
         inside = truth["mask"] & ~ndimage.binary_erosion(truth["mask"], iterations=4)
         outside = ndimage.binary_dilation(truth["mask"], iterations=12) & ~ndimage.binary_dilation(truth["mask"], iterations=6)
         gaps.append(np.linalg.norm(np.median(lab[inside], 0) - np.median(lab[outside], 0)))
@@ -116,10 +116,16 @@ def test_demo_set(tmp_path):
     """The demo set has the common layout: rows that read back, splits without a shared patient, text that says the attributes,
     hashes of the files; two runs with one seed are byte-identical, another seed is not."""
     seen = []
+
+    def progress(items, **_):
+        for item in items:
+            seen.append(item)
+            yield item
+
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        rows = phantoms.write_demo(tmp_path / name, seed=seed, benign=24, malignant=12, progress=seen.append)
+        rows = phantoms.write_demo(tmp_path / name, seed=seed, benign=24, malignant=12, progress=progress)
         assert files.read_manifest(tmp_path / name) == rows
-    assert seen == [*range(1, 37)] * 3
+    assert len(seen) == 36 * 3
     contents = [{path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*") if path.is_file()}
                 for name in "abc"]
     assert contents[0] == contents[1] != contents[2]
@@ -132,16 +138,17 @@ def test_demo_set(tmp_path):
         assert from_sentence(row["text"]) == (row["label"], row["attributes"])
         assert hashlib.sha256((tmp_path / "a" / row["file_name"]).read_bytes()).hexdigest() == row["sha256"]
         assert (row["source"], row["license"]) == ("phantom", "MIT")
-    record = json.loads((tmp_path / "a" / "dataset.json").read_text())
+    record = json.loads((tmp_path / "a" / "dataset.json").read_text(encoding="utf-8"))
     assert record["color_norm"] == "none"
     assert sum(part["benign"] for part in record["counts"].values()) == 24
 
 
 def test_interrupted_demo_set_is_not_taken_for_complete(tmp_path):
     """The manifest is written last, so a set cut short has none, and a new run completes it."""
-    def stop(done):
-        if done == 5:
-            raise KeyboardInterrupt
+    def stop(items, **_):
+        yield from items[:5]
+        raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
         phantoms.write_demo(tmp_path, benign=6, malignant=6, progress=stop)
     with pytest.raises(ValueError, match="not a prepared data set"):

@@ -115,11 +115,11 @@ def test_latents_have_unit_scale(data, tmp_path):
 
 
 def test_changed_flags_are_refused_or_recorded(data, tmp_path):
-    """--resume with another flag is an error that names it; with --change-recipe the weights' metadata tells both stretches."""
+    """--resume with another flag is an error that names it; with --change-flags the weights' metadata tells both stretches."""
     run("vae", data, tmp_path, "--stop-at", 2)
-    with pytest.raises(ValueError, match=r"kl_weight was 0.0005, now 0.1.*--change-recipe"):
+    with pytest.raises(ValueError, match=r"kl_weight was 0.0005, now 0.1.*--change-flags"):
         run("vae", data, tmp_path, "--resume", "--kl-weight", 0.1)
-    run("vae", data, tmp_path, "--resume", "--kl-weight", 0.1, "--change-recipe")
+    run("vae", data, tmp_path, "--resume", "--kl-weight", 0.1, "--change-flags")
     with safe_open(tmp_path / "vae" / "diffusion_pytorch_model.safetensors", "pt") as file:
         stretches = json.loads(file.metadata()["lesion_recipe"])
     assert [(one["from_step"], one["kl_weight"]) for one in stretches] == [(0, 5e-4), (2, 0.1)]

@@ -83,11 +83,11 @@ def test_report_from_predictions_alone(tmp_path, run_script):
     arguments = ["--classify", tmp_path / "run", "--data", tmp_path / "data", "--out", tmp_path / "report"]
     result = run_script("evaluate.py", *arguments)
     assert result.returncode == 0, result.stderr
-    page = (tmp_path / "report" / "report.html").read_text()
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/svg+xml;base64,") == 4
     for words in ("0.65", "O1 → S2", "p (Holm)", "skin tone", "3D: XP", "too few", "McNemar", "W1"):
         assert words in page
-    numbers = json.loads((tmp_path / "report" / "results.json").read_text())["classification"]
+    numbers = json.loads((tmp_path / "report" / "results.json").read_text(encoding="utf-8"))["classification"]
     assert set(numbers["arms"]) == set(gains)
     assert {row["group"]: row["n"] for row in numbers["subgroups"]} == {"dark": 34, "light": 206, "3D: XP": 240}
     assert {path.name for path in (tmp_path / "report" / "figures").iterdir()} == {
@@ -98,7 +98,7 @@ def test_report_from_predictions_alone(tmp_path, run_script):
 
 
 @pytest.mark.parametrize(("spoil", "words"), [
-    (lambda run, data: (run / "S2/seed0/predictions.csv").write_text("id,label\n"), "no column 'score'"),
+    (lambda run, data: (run / "S2/seed0/predictions.csv").write_text("id,label\n", encoding="utf-8"), "no column 'score'"),
     (lambda run, data: files.write_manifest(data, [{"file_name": "images/other.jpg", "label": "benign"}]),
      "predictions of another data set"),
     (lambda run, data: [path.unlink() for path in run.rglob("predictions.csv")], "run classify.py"),
@@ -108,11 +108,11 @@ def test_bad_input_overwrites_nothing(tmp_path, spoil, words):
     run, data, out = tmp_path / "run", tmp_path / "data", tmp_path / "report"
     files.write_manifest(data, write_run(run, {"A1": 0.0, "S2": 0.5}, seeds=1))
     (out / "figures").mkdir(parents=True)
-    (out / "report.html").write_text("earlier")
+    (out / "report.html").write_text("earlier", encoding="utf-8")
     spoil(run, data)
     with pytest.raises(ValueError, match=words):
         evaluate.main(["--classify", str(run), "--data", str(data), "--out", str(out)])
-    assert (out / "report.html").read_text() == "earlier"
+    assert (out / "report.html").read_text(encoding="utf-8") == "earlier"
     assert [path.name for path in out.rglob("*.*")] == ["report.html"]
 
 

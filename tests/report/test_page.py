@@ -41,12 +41,12 @@ def written(tmp_path):
 
 def test_page_is_self_contained_and_escaped(written):
     """No script, nothing fetched, figures embedded; text that looks like markup stays text, in HTML and in Markdown."""
-    page = Page((written / "report.html").read_text())
+    page = Page((written / "report.html").read_text(encoding="utf-8"))
     assert not {"script", "link", "iframe", "b"} & set(page.tags)
     assert all(link.startswith("data:image/svg+xml;base64,") for link in page.links)
     assert len(page.links) == 1
     assert EVIL in page.text
-    markdown = (written / "report.md").read_text()
+    markdown = (written / "report.md").read_text(encoding="utf-8")
     assert "<script>" not in markdown.replace("\\<", "")
     rows = [line for line in markdown.splitlines() if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {3}, "an escaped bar must not make a column"
@@ -68,7 +68,7 @@ def test_nan_is_refused(written):
     with pytest.raises(ValueError, match="not a finite number"):
         report.write(written, "other", [], {"a": float("nan")})
     assert (written / "report.html").read_bytes() == before
-    assert json.loads((written / "results.json").read_text()) == {"a": 1.5, "b": None}
+    assert json.loads((written / "results.json").read_text(encoding="utf-8")) == {"a": 1.5, "b": None}
 
 
 def test_numbers():

@@ -26,12 +26,12 @@ def test_the_report_is_whole(made):
     """Every figure is embedded, every table is there, the numbers are in results.json, the finding is printed."""
     done, root = made
     assert done.returncode == 0, done.stderr
-    page = (root / "report" / "report.html").read_text()
+    page = (root / "report" / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/svg+xml") == 5  # tiles, two maps, worst, attributes
     for words in ("KID", "FID at n = 20", "untrained wavelet scattering", "three-sample", "Skin tone", "one distribution",
                   "asked for no attributes", "mix in a t-SNE map prove nothing"):
         assert words in page
-    results = json.loads((root / "report" / "results.json").read_text())["pictures"]
+    results = json.loads((root / "report" / "results.json").read_text(encoding="utf-8"))["pictures"]
     assert results["copies"]["sets"][0]["copies"] >= 5
     assert results["fidelity"]["sets"][0]["name"] == "phase-1"
     assert "phase-1: the 25 tiles" in done.stdout

@@ -30,7 +30,7 @@ def read_study(folder, sets, readers, d_prime, asks=False):
              "malignant": number == 0 if asks else None} for tile in study_folder.order_of(study, number)]
         path = study_folder.journal_path(folder, entry)
         path.parent.mkdir(exist_ok=True)
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return ratings
 
 
@@ -89,14 +89,14 @@ def test_damaged_lines_and_missing_readers_are_told(sets, tmp_path):
     read_study(tmp_path / "s", sets, 2, 1.0)
     study = study_folder.load(tmp_path / "s")
     path = study_folder.journal_path(tmp_path / "s", study["readers"][0])
-    path.write_text(path.read_text().replace('"rating"', '"rat', 1))
+    path.write_text(path.read_text(encoding="utf-8").replace('"rating"', '"rat', 1), encoding="utf-8")
     study_folder.add_readers(tmp_path / "s", study, 3)
     with Journal(study_folder.journal_path(tmp_path / "s", study["readers"][2])) as journal:
         journal.append({"event": "consent"})
     said = words(report_readers.build(tmp_path / "s")[0])
     assert any("line 2: skipped" in line for line in said)
     assert "Left out, too few answers: reader-3: 0 real and 0 synthetic tiles answered." in said
-    (tmp_path / "s" / "study.json").write_text("{")
+    (tmp_path / "s" / "study.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match="was cut or edited"):
         report_readers.build(tmp_path / "s")
 
@@ -119,7 +119,7 @@ def test_figure_shows_every_reader_and_the_pool(sets, tmp_path):
     assert box.height <= chart.get_figheight() + 0.01
     plots.save(chart, tmp_path / "out" / "figures", "readers")
     page.write(tmp_path / "out", "Readers", blocks, results)
-    assert "data:image/svg+xml" in (tmp_path / "out" / "report.html").read_text()
+    assert "data:image/svg+xml" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_command_reports_a_study(sets, tmp_path, run_script):
@@ -128,9 +128,9 @@ def test_the_command_reports_a_study(sets, tmp_path, run_script):
     read_study(tmp_path / "s", sets, 3, 1.5)
     done = run_script("evaluate.py", "--study", tmp_path / "s", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "out" / "results.json").read_text())["readers"]
+    results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))["readers"]
     assert results["verdict"] in done.stdout
-    assert results["verdict"].split("(")[0] in (tmp_path / "out" / "report.html").read_text()
+    assert results["verdict"].split("(")[0] in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert (tmp_path / "out" / "figures" / "readers.png").stat().st_size > 0
     bad = run_script("evaluate.py", "--study", sets["real"], "--out", tmp_path / "none")
     assert (bad.returncode, bad.stderr.count("\n")) == (2, 1)

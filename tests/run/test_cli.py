@@ -18,7 +18,7 @@ ENV.pop("LESION_DEBUG", None)
 def child(code, *arguments, **more):
     """Run a few lines of Python beside the package."""
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments], env={**ENV, **more}, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code, *arguments], env={**ENV, **more}, capture_output=True, text=True, timeout=60, encoding="utf-8"
     )
 
 
@@ -159,7 +159,7 @@ def test_control_c():
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler), encoding="utf-8"
     )
     assert process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGINT)
@@ -172,7 +172,7 @@ def test_a_closed_pipe_is_not_an_error():
     """`... | head` ends without a traceback."""
     code = "from lesion.run import cli\ndef main():\n    while True:\n        print('line')\ncli.run(main, 'draw.py')"
     process = subprocess.Popen(
-        [sys.executable, "-c", code], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
     )
     process.stdout.readline()
     process.stdout.close()
@@ -220,3 +220,83 @@ def test_the_dispatcher(run_script):
     assert "'prepair'" in unknown.stderr
     assert "prepare" in unknown.stderr
     assert run_script("-m lesion", "--version").stdout.strip()[0].isdigit()
+
+
+# --- signals and full disks --------------------------------------------------------------------------------------------
+
+SLEEPS = """
+import sys, time
+from lesion.run import cli
+def main():
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    finally:
+        print("tidied", flush=True)
+cli.run(main, "draw.py")
+"""
+
+
+@pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")])
+def test_a_signal_ends_in_one_line(number, code, word):
+    """SIGTERM is exit code 143, ctrl-C 130; either way what tidies up does so, and one line says what happened."""
+    process = subprocess.Popen([sys.executable, "-c", SLEEPS], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (code, "tidied\n", f"draw.py: {word}\n")
+
+
+def test_a_full_disk_is_one_line(capsys):
+    """ENOSPC says which file, and that what was finished is whole."""
+    def main():
+        raise OSError(28, "No space left on device", "run/x.tmp")
+    with pytest.raises(SystemExit) as error:
+        cli.run(main, "draw.py")
+    assert error.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "the disk is full (run/x.tmp)" in err
+
+
+def test_handlers_are_given_back():
+    """After a command, also one that failed, a notebook's ctrl-C is the notebook's again."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)]
+
+    def main():
+        assert signal.getsignal(signal.SIGTERM) is not before[1]
+        with cli.stop_request():
+            assert signal.getsignal(signal.SIGINT) is not before[0]
+        raise ValueError("no")
+    with pytest.raises(SystemExit):
+        cli.run(main, "draw.py")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)] == before
+
+
+def test_a_thread_takes_no_signals():
+    """In a thread, where Python forbids handlers, a command runs without any."""
+    import threading
+    done = []
+
+    def main():
+        with cli.stop_request() as stop:
+            done.append(stop.number)
+    thread = threading.Thread(target=cli.run, args=(main, "draw.py"))
+    thread.start()
+    thread.join()
+    assert done == [0]
+
+
+def test_a_request_to_stop():
+    """Before the loop a signal interrupts at once; in it the first is noted, the second interrupts at once; SIGTERM is told apart."""
+    with pytest.raises(KeyboardInterrupt), cli.stop_request():
+        signal.raise_signal(signal.SIGINT)
+    with cli.stop_request() as stop:
+        stop.patient = True
+        signal.raise_signal(signal.SIGINT)
+        assert stop.number == signal.SIGINT
+        with pytest.raises(cli.Terminated):
+            signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt) as error:
+        cli.Stop.interrupt(signal.SIGINT)
+    assert not isinstance(error.value, cli.Terminated)

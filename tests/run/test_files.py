@@ -35,7 +35,7 @@ def test_a_failure_in_the_middle_leaves_the_old_file(tmp_path):
         fail()
     assert temporaries[0].parent == path.parent  # rename is atomic only within a file system
     assert names(tmp_path) == ["value.json"]
-    assert json.loads(path.read_text()) == {"old": 1}
+    assert json.loads(path.read_text(encoding="utf-8")) == {"old": 1}
 
 
 def test_a_failure_leaves_no_file_where_there_was_none(tmp_path):
@@ -115,7 +115,7 @@ def test_append_after_a_torn_line(tmp_path):
 def test_a_last_line_without_newline_is_kept(tmp_path):
     """An edited file whose last row is whole but unterminated loses nothing to reading or appending."""
     path = tmp_path / "log.jsonl"
-    path.write_text('{"a": 1}\n{"a": 2}')
+    path.write_text('{"a": 1}\n{"a": 2}', encoding="utf-8")
     files.append_jsonl(path, {"a": 3})
     assert files.read_jsonl(path) == [{"a": 1}, {"a": 2}, {"a": 3}]
 

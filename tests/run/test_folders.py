@@ -96,10 +96,10 @@ def test_open_and_resume(tmp_path):
     """A new folder is made; --resume reopens it with the same recipe, in which only free flags may have changed."""
     run = tmp_path / "run"
     assert folders.open_run(run, RECIPE, resume=False) is False
-    assert json.loads((run / "args.json").read_text())["lr"] == 3e-5
+    assert json.loads((run / "args.json").read_text(encoding="utf-8"))["lr"] == 3e-5
     assert folders.open_run(run, {**RECIPE, "provenance": {"git_commit": "b"}}, resume=True) is True
     assert folders.open_run(run, {**RECIPE, "steps": 200}, resume=True, free=("steps",)) is True
-    assert json.loads((run / "args.json").read_text())["steps"] == 200
+    assert json.loads((run / "args.json").read_text(encoding="utf-8"))["steps"] == 200
 
 
 def test_another_recipe_is_refused(tmp_path):
@@ -112,7 +112,7 @@ def test_another_recipe_is_refused(tmp_path):
         folders.open_run(tmp_path / "run", {**RECIPE, "steps": 5}, resume=True)
     with pytest.raises(ValueError, match="min_snr was None, now 5"):
         folders.open_run(tmp_path / "run", {**RECIPE, "min_snr": 5}, resume=True)
-    assert json.loads((tmp_path / "run" / "args.json").read_text())["lr"] == 3e-5
+    assert json.loads((tmp_path / "run" / "args.json").read_text(encoding="utf-8"))["lr"] == 3e-5
 
 
 def test_foreign_folders_are_refused(tmp_path):
@@ -133,14 +133,14 @@ def test_foreign_folders_are_refused(tmp_path):
 def test_a_kill_before_the_first_file_does_not_lock_the_folder(tmp_path):
     """The orphaned temporary of a kill in mid-write does not make the folder somebody else's."""
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".args.json.abc.tmp").write_text('{"lr"')
+    (tmp_path / "run" / ".args.json.abc.tmp").write_text('{"lr"', encoding="utf-8")
     assert folders.open_run(tmp_path / "run", RECIPE, resume=False) is False
 
 
 def test_a_damaged_record_is_named(tmp_path):
     """args.json that is no JSON object is named."""
     for text in ('{"lr": ', "[1, 2]"):
-        (tmp_path / "args.json").write_text(text)
+        (tmp_path / "args.json").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match="args.json"):
             folders.open_run(tmp_path, RECIPE, resume=True)
 

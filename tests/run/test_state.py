@@ -227,7 +227,7 @@ def test_peak_memory_is_this_process_own():
     code = ("import torch; from lesion.run import devices; small = devices.peak_mem_gib(torch.device('cpu')); x = torch.ones(2**27); "
             "print(small, devices.peak_mem_gib(torch.device('cpu')))")
     here = torch.ones(3 * 2**28)  # 3 GiB, which ru_maxrss of the child would count
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=Path(__file__).parents[2], check=True, encoding="utf-8")
     small, large = map(float, done.stdout.split())
     assert here[0] == 1
     assert small < 2

@@ -76,9 +76,9 @@ def rewrite(file, change):
 def configure(folder, part, **changes):
     """Change entries of a component's config.json; None removes one."""
     file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
-    config = {**json.loads(file.read_text()), **changes}
+    config = {**json.loads(file.read_text(encoding="utf-8")), **changes}
     file.unlink()
-    file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}), encoding="utf-8")
 
 
 def refusal(path, shared):
@@ -207,7 +207,7 @@ def test_no_initialisation_and_no_second_copy(tiny, shared, monkeypatch):
         monkeypatch.setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor if tensor.is_meta else refuse())
     for path in (tiny / "folder", tiny / "single.safetensors"):
         sd = load(path, shared)
-        parts = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line]
+        parts = [line.split() for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines() if str(path) in line]
         mapped = [tuple(int(end, 16) for end in part[0].split("-")) for part in parts]
         parameters = [*sd.unet.parameters(), *sd.vae.parameters(), *sd.text_encoder.parameters()]
         assert all(any(low <= p.data_ptr() < high for low, high in mapped) for p in parameters)
@@ -309,7 +309,7 @@ def test_incomplete_folders(folder, shared, part):
     config = folder / part / "config.json"
     for text, says in (("{", "is not JSON"), ("[]", "expected a JSON object")):
         config.unlink()
-        config.write_text(text)
+        config.write_text(text, encoding="utf-8")
         assert f"{config}" in refusal(folder, shared)
         assert says in refusal(folder, shared)
     config.unlink()

@@ -177,9 +177,9 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def load(hub, home):
     """Ask the child process to load a base: the answer, as a dict."""
-    with open(home / "worker.log", "w") as log:
+    with open(home / "worker.log", "w", encoding="utf-8") as log:
         child = subprocess.Popen([sys.executable, "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                                 text=True, env=environment(hub.url, home), cwd=home)  # fmt: skip
+                                 text=True, env=environment(hub.url, home), cwd=home, encoding="utf-8")  # fmt: skip
 
     def ask(base):
         child.stdin.write(json.dumps(str(base)) + "\n")
@@ -187,7 +187,7 @@ def load(hub, home):
         for line in child.stdout:
             if line.startswith("answer "):
                 return json.loads(line.removeprefix("answer "))
-        pytest.fail((home / "worker.log").read_text())
+        pytest.fail((home / "worker.log").read_text(encoding="utf-8"))
 
     yield ask
     child.kill()
@@ -283,7 +283,7 @@ def test_an_unreachable_hub(hub, load, home, tiny, tmp_path):
         str(tmp_path / "out"),
     ]
     done = subprocess.run(
-        command, env=environment(hub.url, home), capture_output=True, text=True, timeout=300, cwd=tmp_path
+        command, env=environment(hub.url, home), capture_output=True, text=True, timeout=300, cwd=tmp_path, encoding="utf-8"
     )
     assert done.returncode == 2, done.stderr
     last = done.stderr.splitlines()[-1]

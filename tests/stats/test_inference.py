@@ -4,6 +4,7 @@ import time
 import asah
 import numpy as np
 import pytest
+from scipy import stats
 
 from lesion.stats import classification, inference
 
@@ -103,6 +104,19 @@ def test_clopper_pearson_ends():
     assert inference.clopper_pearson(10, 10) == pytest.approx((0.025 ** 0.1, 1))
     with pytest.raises(ValueError, match="between 0 and n"):
         inference.clopper_pearson(11, 10)
+
+
+def test_auc_interval_covers_and_is_never_empty():
+    """Newcombe's method 5: 95 % coverage on normal scores, and (low, 1] with low < 1 at a perfect AUC."""
+    rng = np.random.default_rng(14)
+    truth, covered = stats.norm.cdf(1.5 / np.sqrt(2)), 0
+    for _ in range(400):
+        x, y = rng.normal(1.5, 1, 30), rng.normal(0, 1, 40)
+        low, high = inference.auc_interval((x[:, None] > y).mean(), 30, 40)
+        covered += low <= truth <= high
+    assert 0.92 <= covered / 400 <= 0.99
+    assert 0.7 < inference.auc_interval(1.0, 20, 20)[0] < 1
+    assert inference.auc_interval(0.0, 20, 20)[1] < 0.3
 
 
 def test_mcnemar_table_and_p():

@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from lesion.run import files
 from lesion.stats import memorisation
 
 NAME = "ISIC_2024_Permissive_Training_Input"
@@ -17,7 +16,7 @@ NAME = "ISIC_2024_Permissive_Training_Input"
 @pytest.fixture(scope="module")
 def real(shared):
     """(training tiles [1500,128,128,3], held-out tiles of other patients [1400,128,128,3]) uint8."""
-    with open(shared / "isic2024" / "patient_split.csv") as file:
+    with open(shared / "isic2024" / "patient_split.csv", encoding="utf-8") as file:
         split = {row["isic_id"]: row["split"] for row in csv.DictReader(file)}
     sets = {"train": [], "val": []}
     with zipfile.ZipFile(shared / "isic2024" / f"{NAME}.zip") as archive:
@@ -123,11 +122,11 @@ def plain_vector(image):
 
 
 def test_views_are_the_eight_of_the_square():
-    """Eight different views; view v is v % 4 quarter turns, of the mirrored tile from 4 on."""
+    """Eight different views; view v is v % 4 quarter turns, then mirrored from 4 on."""
     image = np.random.default_rng(3).integers(0, 256, (1, 16, 16, 3), dtype=np.uint8)
     seen = memorisation.views(image)
     assert len({view.tobytes() for view in seen}) == 8
-    np.testing.assert_array_equal(seen[5][0], np.rot90(image[0, :, ::-1], 1))
+    np.testing.assert_array_equal(seen[5][0], np.rot90(image[0], 1)[:, ::-1])
 
 
 def test_flat_and_repeated_tiles_are_not_nan():
@@ -215,23 +214,6 @@ def test_three_sample_finds_planted_copies_among_real_tiles(searched):
     assert memorisation.three_sample(distance[::2], distance[1::2]).p > 0.05
     planted = memorisation.nearest_pixels(np.rot90(training[:140], 1, (1, 2)), vectors).distance
     assert memorisation.three_sample(np.r_[distance[::2][:560], planted], distance[1::2]).p < 1e-6
-
-
-def test_drop_copies_leaves_a_set_without_them(tmp_path):
-    """The filtered folder has every other tile, byte for byte, with its whole row; the old folder is as it was."""
-    rows = [{"file_name": f"{i}.png", "label": "malignant", "seed": i, "extra": {"kept": True}} for i in range(4)]
-    for row in rows:
-        files.write_bytes(tmp_path / "old" / row["file_name"], b"tile" + row["file_name"].encode())
-    files.write_manifest(tmp_path / "old", rows)
-    assert memorisation.drop_copies(tmp_path / "old", ["1.png", "3.png"], tmp_path / "new") == 2
-    assert files.read_manifest(tmp_path / "new") == [rows[0], rows[2]]
-    assert sorted(p.name for p in (tmp_path / "new").glob("*.png")) == ["0.png", "2.png"]
-    assert (tmp_path / "new" / "2.png").read_bytes() == b"tile2.png"
-    assert files.read_json(tmp_path / "new" / "dropped.json")["copies"] == ["1.png", "3.png"]
-    assert files.read_manifest(tmp_path / "old") == rows
-    for names, said in (([], "not empty"), (["9.png"], "no tile"), ([r["file_name"] for r in rows], "nothing would")):
-        with pytest.raises(ValueError, match=said):
-            memorisation.drop_copies(tmp_path / "old", names, tmp_path / ("new" if not names else "third"))
 
 
 @pytest.mark.parametrize(("call", "said"), [

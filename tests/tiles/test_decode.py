@@ -180,7 +180,7 @@ def test_the_cache_follows_what_decides_the_pixels(folder, monkeypatch):
     lines = [{"mean": [mean, -0.4], "direction": [0.7, -0.7]} for mean in (0.6, 0.5)]
     for record in ({"color_norm": "grey-world"}, {"color_norm": "skin-locus", "color_norm_reference": lines[0]},
                    {"color_norm": "skin-locus", "color_norm_reference": lines[1]}):
-        (path / "dataset.json").write_text(json.dumps(record))
+        (path / "dataset.json").write_text(json.dumps(record), encoding="utf-8")
         assert [decoded(), decoded()] == [5, 0], record
     monkeypatch.setattr(decode, "VERSION", decode.VERSION + 1)
     assert decoded() == 5
@@ -190,11 +190,11 @@ def test_the_recorded_normalisation_is_applied(folder):
     """dataset.json's colour normalisation reaches the pixels; a folder without one (synthetic) is taken as it is."""
     path, rows = folder
     raw = np.array(decode.load_tiles(path, rows, 64).images_u8)
-    (path / "dataset.json").write_text(json.dumps({"color_norm": "grey-world"}))
+    (path / "dataset.json").write_text(json.dumps({"color_norm": "grey-world"}), encoding="utf-8")
     means = decode.load_tiles(path, rows, 64).images_u8.reshape(5, -1, 3).mean(1)
     assert (np.ptp(means, axis=1) < 2).all()
     assert (np.ptp(raw.reshape(5, -1, 3).mean(1), axis=1) > 20).all()
-    (path / "dataset.json").write_text(json.dumps({"color_norm": "sepia"}))
+    (path / "dataset.json").write_text(json.dumps({"color_norm": "sepia"}), encoding="utf-8")
     with pytest.raises(ValueError, match="'sepia' is unknown"):
         decode.load_tiles(path, rows, 64)
 
@@ -227,7 +227,7 @@ def test_a_torn_or_absent_cache_is_decoded_again(folder):
     for left in (path / ".cache").iterdir():
         left.unlink()
     (path / ".cache").rmdir()
-    (path / ".cache").write_text("in the way")  # cannot be written, also for root
+    (path / ".cache").write_text("in the way", encoding="utf-8")  # cannot be written, also for root
     assert (decode.load_tiles(path, rows, 64).images_u8 == first).all()
 
 

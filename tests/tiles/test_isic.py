@@ -10,6 +10,7 @@ from layouts import IDS, LABELS, PATIENTS, TILES
 from lesion import prepare
 from lesion.run import files
 from lesion.tiles import isic, remote
+from lesion.tiles.source import metadata
 
 
 def prepared(source, out, *flags):
@@ -91,7 +92,7 @@ def test_metadata_inside_the_zip_and_a_supplement_beside_it(tmp_path):
     source = isic.open_source(path)
     assert source.patients == PATIENTS
     assert source.lesions[IDS[3]] == "IL_3"
-    details = isic.metadata(source, IDS[:2])
+    details = metadata(source, IDS[:2])
     assert details[IDS[0]] == {"malignant": 1, "patient_id": PATIENTS[IDS[0]], "lesion_id": "IL_0",
                                "tbp_tile_type": "3D: XP", "attribution": layouts.ATTRIBUTION,
                                "copyright_license": "CC-BY"}
@@ -121,7 +122,7 @@ def test_leftovers_of_macos_are_no_tiles(tmp_path):
 
 
 def edit(path, old, new):
-    path.write_text(path.read_text().replace(old, new))
+    path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
 
 
 @pytest.mark.parametrize(("old", "new", "message"), [
@@ -152,7 +153,7 @@ def test_labels_without_tiles_and_tiles_without_labels_are_counted(tmp_path):
     assert source.notes == [f"1 tiles have no label and are left out (first: {IDS[1]})",
                             f"1 labels have no tile and are left out (first: {IDS[0]})"]
     assert list(source.where) == sorted(set(IDS[2:]))
-    truth.write_text("isic_id,malignant\nISIC_0000000,0\n")
+    truth.write_text("isic_id,malignant\nISIC_0000000,0\n", encoding="utf-8")
     with pytest.raises(ValueError, match="none of the 23 tiles has a label"):
         isic.open_source(folder)
 
@@ -163,7 +164,7 @@ def test_labels_without_tiles_and_tiles_without_labels_are_counted(tmp_path):
     (lambda d: (d / "x.zip", (d / "x.zip").write_bytes(b"no zip"))[0], "not a readable zip file"),
     (lambda d: (d / "x.hdf5", (d / "x.hdf5").write_bytes(b"no hdf5"))[0], "not a readable hdf5 file"),
     (lambda d: (d / "x.tar", (d / "x.tar").write_bytes(b""))[0], "is not a folder, .zip, .hdf5 or .csv file"),
-    (lambda d: (d, (d / "a_GroundTruth.csv").write_text("isic_id,malignant\na,0\n"))[0], "no tiles"),
+    (lambda d: (d, (d / "a_GroundTruth.csv").write_text("isic_id,malignant\na,0\n", encoding="utf-8"))[0], "no tiles"),
     (lambda d: (d, (d / "a_GroundTruth.csv").write_bytes(b"isic_id,malignant\n\xff\xfe,0\n"))[0],
      "not a readable csv file"),
     (lambda d: (layouts.imagefolder(d), edit(d / "metadata.jsonl", '"label": 1', '"label": 3'))[0],

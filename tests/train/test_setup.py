@@ -53,7 +53,7 @@ def test_an_overflowed_gradient_is_valid_json(tmp_path):
     def refuse(constant):
         raise AssertionError(constant)
 
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line, parse_constant=refuse)["grad_norm"] for line in lines] == [None, None, 0.5]
 
 

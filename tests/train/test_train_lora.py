@@ -102,12 +102,12 @@ def test_phase_1_then_2(tiny, data, tmp_path):
     key = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight"
     assert 0 < (one[key] - two[key]).abs().max() <= 1.1e-2  # went on from phase 1: one AdamW step of lr 1e-2 away
     assert {path: digest(path) for path in base} == base
-    recipe = json.loads((tmp_path / "p2" / "args.json").read_text())
+    recipe = json.loads((tmp_path / "p2" / "args.json").read_text(encoding="utf-8"))
     assert recipe["init_lora_sha256"] == digest(tmp_path / "p1" / "lora.safetensors")
     assert {"args.json", "metrics.jsonl", "timing.jsonl", "loss.png", "lora.safetensors", "train_files.json"} <= {
         p.name for p in (tmp_path / "p2").iterdir()
     }
-    seen = json.loads((tmp_path / "p2" / "train_files.json").read_text())
+    seen = json.loads((tmp_path / "p2" / "train_files.json").read_text(encoding="utf-8"))
     assert {row["file_name"] for row in seen} == {f"images/T_{i:02d}.jpg" for i in range(9)}
 
 
@@ -258,7 +258,7 @@ def test_interrupt_checkpoints_and_says_how_to_go_on(tiny, data, tmp_path):
         "1",
         *map(str, flags(tiny, data, tmp_path / "r", "--steps", 100000, "--checkpoint-every", 5)),
     ]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8") as process:
         deadline = time.monotonic() + 120
         while not (tmp_path / "r" / "checkpoint.safetensors").exists():
             assert time.monotonic() < deadline
@@ -305,7 +305,7 @@ def test_folder_of_another_run(tiny, data, tmp_path):
     with pytest.raises(ValueError, match="lr was 0.01, now 0.02"):
         train("--phase", 1, *flags(tiny, data, tmp_path / "r", "--lr", "2e-2", "--resume"))
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    (tmp_path / "mine" / "thesis.tex").write_text("precious", encoding="utf-8")
     with pytest.raises(ValueError, match="not a run folder"):
         train("--phase", 1, *flags(tiny, data, tmp_path / "mine"))
     assert digest(tmp_path / "r" / "lora.safetensors") == before
@@ -318,7 +318,7 @@ def test_unreadable_tile_is_named_and_skipped(tiny, data, tmp_path, capsys):
     (broken / "images" / "T_03.jpg").write_bytes((data / "images" / "T_03.jpg").read_bytes()[:300])
     train("--phase", 1, *flags(tiny, broken, tmp_path / "r", "--steps", 1))
     assert "skipped images/T_03.jpg" in capsys.readouterr().out
-    seen = json.loads((tmp_path / "r" / "train_files.json").read_text())
+    seen = json.loads((tmp_path / "r" / "train_files.json").read_text(encoding="utf-8"))
     assert "images/T_03.jpg" not in {row["file_name"] for row in seen}
 
 

@@ -116,7 +116,7 @@ def test_a_second_process_is_refused_in_one_line(tmp_path):
     path = tmp_path / "j.jsonl"
     code = f"from lesion.web.journal import Journal; Journal({str(path)!r}).append({{'x': 1}})"
     with Journal(path):
-        second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        second = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
         assert second.returncode == 1
         assert "is open in another process" in second.stderr.splitlines()[-1]
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -126,7 +126,7 @@ def test_a_second_process_is_refused_in_one_line(tmp_path):
 def test_rows_that_make_no_sense_are_reported_like_corrupt_ones(tmp_path):
     """`check` names what is wrong with a hand-edited row; the row is skipped by number and stays in the file."""
     path = tmp_path / "j.jsonl"
-    path.write_text('{"answer": 3}\n{"answer": 9}\n{"answer": 4}\n')
+    path.write_text('{"answer": 3}\n{"answer": 9}\n{"answer": 4}\n', encoding="utf-8")
 
     def check(row):
         if not 1 <= row["answer"] <= 6:

@@ -17,7 +17,7 @@ from lesion.describe.prompts import NAMES, VOCABULARY, from_sentence, to_sentenc
 from lesion.mini.phantoms import write_demo
 from lesion.run import files
 from lesion.stats.readers import cohen_kappa
-from lesion.web import label, label_desk, label_folder
+from lesion.web import label, label_compare, label_desk, label_export, label_folder
 from lesion.web.journal import Journal, read_journal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -341,10 +341,10 @@ def test_a_damaged_line_costs_only_itself(site):
     site.say([])
     site.say("tan")
     site.close()
-    lines = site.journal.path.read_text().split("\n")
+    lines = site.journal.path.read_text(encoding="utf-8").split("\n")
     lines[1] = lines[1][:40]
     lines[2:2] = ['{"event": "answer", "id": "x", "tile": "a", "answers": {"size": "huge"}}', '{"hello": 1}', "[]"]
-    site.journal.path.write_text("\n".join(lines))
+    site.journal.path.write_text("\n".join(lines), encoding="utf-8")
     again = Site(site.folder)
     assert [number for number, _ in again.journal.bad] == [2, 3, 4, 5]
     assert again.desk.tile(1).answers == {"skin_tone": "tan"}
@@ -390,7 +390,7 @@ def test_agreement_is_cohens_kappa(data):
     anna.post("answer", tile=0, revision=2, answers={"edge": "sharp"})
     ben.post("answer", tile=0, revision=2, answers={"edge": "sharp"})
     ben.undo()
-    table = {row["attribute"]: row for row in label_folder.agreement(data)}
+    table = {row["attribute"]: row for row in label_compare.agreement(data)}
     p_o, p_e = 3 / 5, (3 * 1 + 2 * 3 + 0 * 1) / 25
     assert table["skin_tone"]["tiles"] == 5
     assert table["skin_tone"]["agree"] == pytest.approx(p_o)
@@ -415,11 +415,11 @@ def test_sidecars(data, run_script):
     rows = [row for row in files.read_manifest(data) if row["label"] == "malignant"]
     assert "on dark skin" in rows[0]["text"]
     for row in rows:
-        assert (out / Path(row["file_name"]).with_suffix(".txt").name).read_text() == row["text"] + "\n"
-    assert label_folder.export_captions(data, rows) == MALIGNANT
+        assert (out / Path(row["file_name"]).with_suffix(".txt").name).read_text(encoding="utf-8") == row["text"] + "\n"
+    assert label_export.export_captions(data, rows) == MALIGNANT
     assert (data / rows[0]["file_name"]).with_suffix(".txt").exists()
     with pytest.raises(ValueError, match="two pictures"):
-        label_folder.export_captions(data, [rows[0], rows[0] | {"file_name": "b/" + Path(rows[0]["file_name"]).name}], out)
+        label_export.export_captions(data, [rows[0], rows[0] | {"file_name": "b/" + Path(rows[0]["file_name"]).name}], out)
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
@@ -464,7 +464,7 @@ class Process:
 
     def __init__(self, folder, *flags):
         self.process = subprocess.Popen([sys.executable, "-m", "lesion", "label", str(folder), "--port", "0", "--no-browser",
-                                         *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+                                         *flags], cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8")
         for line in self.process.stdout:
             if line.startswith("open http://127.0.0.1:"):
                 self.port = int(line.split(":")[2].split("/")[0])

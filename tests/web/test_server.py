@@ -150,10 +150,10 @@ def test_files_cannot_leave_their_folder(tmp_path, name):
     """Dots, encoded dots, absolute names, symbolic links, folders, NUL bytes and long names: all 404."""
     root = tmp_path / "root"
     (root / "sub").mkdir(parents=True)
-    (tmp_path / "secret.txt").write_text("secret")
+    (tmp_path / "secret.txt").write_text("secret", encoding="utf-8")
     (root / "link.txt").symlink_to(tmp_path / "secret.txt")
     (root / "linked").symlink_to(tmp_path)
-    (root / "sub" / "fine.txt").write_text("fine")
+    (root / "sub" / "fine.txt").write_text("fine", encoding="utf-8")
     client = make_app(tmp_path).test_client()
     assert client.get("/files/sub/fine.txt").text == "fine"
     assert client.get(f"/files/{name}", follow_redirects=True).status_code == 404
@@ -191,7 +191,7 @@ cli.run(main, "program")
 
 def start(port=0):
     process = subprocess.Popen([sys.executable, "-c", PROGRAM.replace("PORT", str(port))], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
     return process, process.stdout.readline().strip()
 
 

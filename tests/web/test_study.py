@@ -79,7 +79,7 @@ def test_a_reader_goes_from_consent_to_thanks(site):
     assert [row["event"] for row in rows] == ["consent"] + ["answer"] * 2 * COUNT
     assert [row["tile"] for row in rows[1:]] == study_folder.order_of(site.study, 0)
     assert all(row["client_s"] == 1.5 and row["server_s"] >= 0 for row in rows[1:])
-    assert len((site.folder / "answers.csv").read_text().splitlines()) == 1 + 2 * COUNT
+    assert len((site.folder / "answers.csv").read_text(encoding="utf-8").splitlines()) == 1 + 2 * COUNT
 
 
 def test_the_plain_form_works_without_scripts(site):
@@ -241,9 +241,9 @@ def test_a_lost_line_is_asked_again_and_nothing_else(site):
         site.answer(position, 3)
     site.close()
     path = site.readers[0].journal.path
-    lines = path.read_text().split("\n")
+    lines = path.read_text(encoding="utf-8").split("\n")
     lines[2] = lines[2][:50]
-    path.write_text("\n".join(lines))
+    path.write_text("\n".join(lines), encoding="utf-8")
     site.open()
     assert [number for number, _ in site.readers[0].journal.bad] == [3]
     assert "Picture 2 of" in site.client.get(site.url()).text
@@ -254,7 +254,7 @@ def test_a_lost_line_is_asked_again_and_nothing_else(site):
 
 def start(folder, *flags):
     process = subprocess.Popen([sys.executable, "-m", "lesion", "study", str(folder), "--port", "0", *map(str, flags)],
-                               cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
     links, lines = {}, []
     for line in process.stdout:
         lines.append(line)
@@ -354,7 +354,7 @@ def test_kill_at_any_moment_loses_no_acknowledged_answer(sets, tmp_path):
     out, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (0, "")
     assert f"{4 * total} answers" in out
-    assert len((folder / "answers.csv").read_text().splitlines()) == 1 + 4 * total
+    assert len((folder / "answers.csv").read_text(encoding="utf-8").splitlines()) == 1 + 4 * total
     assert 25 <= sum(counts) < 4 * total  # the kills came in the middle
 
 

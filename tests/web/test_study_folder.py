@@ -181,9 +181,9 @@ def test_unreadable_tiles_are_passed_over_and_named(sets, tmp_path):
 
 def edit_json(change):
     def edit(folder):
-        study = json.loads((folder / "study.json").read_text())
+        study = json.loads((folder / "study.json").read_text(encoding="utf-8"))
         change(study)
-        (folder / "study.json").write_text(json.dumps(study))
+        (folder / "study.json").write_text(json.dumps(study), encoding="utf-8")
     return edit
 
 
@@ -192,9 +192,9 @@ def first_tile(folder):
 
 
 @pytest.mark.parametrize(("edit", "words"), [
-    (lambda f: (f / "study.json").write_text((f / "study.json").read_text()[:500]), "was cut or edited"),
+    (lambda f: (f / "study.json").write_text((f / "study.json").read_text(encoding="utf-8")[:500], encoding="utf-8"), "was cut or edited"),
     (lambda f: (f / "study.json").write_bytes(b"\xff\xfe\x00"), "was cut or edited"),
-    (lambda f: (f / "study.json").write_text("[]"), "was cut or edited"),
+    (lambda f: (f / "study.json").write_text("[]", encoding="utf-8"), "was cut or edited"),
     (lambda f: (f / "study.json").unlink(), "no study.json"),
     (edit_json(lambda s: s.update(format=2)), "has format 2"),
     (edit_json(lambda s: s["tiles"][0].update({"class": "synthetic"})), "study.json was edited"),
@@ -217,7 +217,7 @@ def test_a_folder_edited_by_hand_is_one_line(folder, edit, words):
 
 def test_other_folders_are_left_alone(sets, tmp_path):
     """A folder with other things in it is refused, and they stay."""
-    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(ValueError, match="holds other things"):
         study_folder.create(tmp_path, **sets, count=2)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
@@ -240,7 +240,7 @@ def test_a_cut_or_edited_journal_keeps_every_other_answer(folder):
     lines.insert(6, json.dumps(answer(study, 0, 7, 3, tile=["x"], client_s=-1)))
     path = study_folder.journal_path(folder, study["readers"][0])
     path.parent.mkdir(exist_ok=True)
-    path.write_text("\n".join(lines)[:-1])  # and the last line torn
+    path.write_text("\n".join(lines)[:-1], encoding="utf-8")  # and the last line torn
     _, table, problems = study_folder.read_answers(folder)
     assert [(row["position"], row["rating"], row["changes"]) for row in table] == \
         [(1, 1, 0), (3, 3, 0), (4, 4, 0), (5, 5, 0), (6, 6, 0)]
@@ -258,7 +258,7 @@ def test_answers_reach_the_analysis_unmixed(folder):
                 journal.append(answer(study, reader, position, 1))
                 journal.append(answer(study, reader, position, 1 + (position + reader) % 6, client_s=None))
     study_folder.export(folder)
-    with open(folder / "answers.csv", newline="") as file:
+    with open(folder / "answers.csv", newline="", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     assert len(table) == 20
     assert {row["changes"] for row in table} == {"1"}

@@ -1,0 +1,88 @@
+"""SHA256SUMS: the hashes of everything a command has written, which the next command checks and `lesion verify` recomputes.
+
+The format is that of coreutils: `cd FOLDER && sha256sum -c SHA256SUMS` checks a folder without us. Hidden files (locks, caches,
+temporaries) are not artefacts. Standard library only. Proven by tests/run/test_sums.py.
+"""
+import contextlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from lesion.run import files
+
+NAME = "SHA256SUMS"
+
+
+def begin(folder: Path) -> None:
+    """A command starts to change `folder`: the hashes of before are void until `write`."""
+    (Path(folder) / NAME).unlink(missing_ok=True)
+
+
+def artefacts(folder: Path) -> list[str]:
+    """Names, relative and with slashes, of the files in `folder` and below it that are not hidden; links are not followed."""
+    found = []
+    for place, inner, names in os.walk(folder):
+        inner[:] = sorted(name for name in inner if name[0] != ".")
+        found += [Path(place, name).relative_to(folder).as_posix() for name in names if name[0] != "." and name != NAME]
+    return sorted(found)
+
+
+def write(folder: Path, but: tuple[str, ...] = ()) -> None:
+    """Write `folder`/SHA256SUMS over all its artefacts but those named, atomically."""
+    _write(folder, {name: files.sha256_file(Path(folder) / name) for name in artefacts(folder) if name not in but})
+
+
+def update(folder: Path, *names: str) -> None:
+    """Take over the hashes of files that a later command has rightly changed; nothing where there is no SHA256SUMS."""
+    if (Path(folder) / NAME).is_file():
+        _write(folder, read(folder) | {name: files.sha256_file(Path(folder) / name) for name in names})
+
+
+def _write(folder: Path, hashes: dict[str, str]) -> None:
+    files.write_bytes(Path(folder) / NAME, "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items())).encode())
+
+
+def read(folder: Path) -> dict[str, str]:
+    """{name: SHA-256} of `folder`/SHA256SUMS. ValueError, with the line's number, for what is no such table, or a name that leads
+    out of the folder."""
+    path, hashes = Path(folder) / NAME, {}
+    for number, line in enumerate(path.read_bytes().decode("utf-8", "replace").split("\n"), 1):
+        digest, gap, name = line[:64], line[64:66], line[66:]
+        if not line:
+            continue
+        if gap not in ("  ", " *") or set(digest) - set("0123456789abcdef") or name.startswith("/") or ".." in Path(name).parts:
+            raise ValueError(f"{path}, line {number}: expected `<SHA-256>  <name>`")
+        hashes[name] = digest
+    return hashes
+
+
+def problems(folder: Path, names: Iterable[str] | None = None) -> list[str]:
+    """One line for each listed file (of `names`, where given) that is missing or changed."""
+    folder, found = Path(folder), []
+    hashes = read(folder)
+    for name in hashes if names is None else [name for name in names if name in hashes]:
+        try:
+            if files.sha256_file(folder / name) != hashes[name]:
+                found.append(f"{folder / name} is not what was written: its SHA-256 differs from {NAME}")
+        except OSError as error:
+            found.append(f"{folder / name} cannot be read ({error.strerror})")
+    return found
+
+
+def require(folder: Path, names: Iterable[str] | None = None) -> None:
+    """ValueError if a file of `folder` that the next command is about to use is not as the last one wrote it. A folder without
+    SHA256SUMS (still being written, or not ours) passes."""
+    if (Path(folder) / NAME).is_file() and (found := problems(folder, names)):
+        more = f" (and {len(found) - 1} more: python -m lesion verify {folder})" if len(found) > 1 else ""
+        raise ValueError(f"{found[0]}{more}; restore it, or write the folder anew")
+
+
+@contextlib.contextmanager
+def over(folder: Path, wanted: bool = True):
+    """The hashes of `folder` are checked, then void while the block changes it, and written when it ends well."""
+    if wanted:
+        require(folder)
+        begin(folder)
+    yield
+    if wanted:
+        write(folder)

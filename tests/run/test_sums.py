@@ -1,0 +1,78 @@
+"""SHA256SUMS: coreutils' own format, every changed byte is named, the next command refuses what is not as it was written."""
+import shutil
+import subprocess
+
+import pytest
+
+from lesion.run import files, sums
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("b.txt", "samples/a b.png", ".cache/x", ".lock", "samples/.a.png.abcd1234.tmp"):
+        files.write_bytes(tmp_path / name, name.encode())
+    sums.write(tmp_path)
+    return tmp_path
+
+
+def test_what_is_listed(folder):
+    """Every artefact, nothing hidden, not itself; the same bytes for the same files."""
+    assert list(sums.read(folder)) == ["b.txt", "samples/a b.png"]
+    before = (folder / sums.NAME).read_bytes()
+    sums.write(folder)
+    assert (folder / sums.NAME).read_bytes() == before
+    assert sums.problems(folder) == []
+
+
+@pytest.mark.skipif(not shutil.which("sha256sum"), reason="needs coreutils")
+def test_sha256sum_reads_it(folder):
+    """`sha256sum -c` agrees, before and after a change."""
+    assert subprocess.run(["sha256sum", "-c", "--strict", sums.NAME], cwd=folder, capture_output=True).returncode == 0
+    (folder / "b.txt").write_text("b.txT")
+    assert subprocess.run(["sha256sum", "-c", "--strict", sums.NAME], cwd=folder, capture_output=True).returncode == 1
+
+
+def test_a_changed_or_missing_file_is_named(folder):
+    """One line a file; a file that is not asked for does not matter."""
+    (folder / "b.txt").write_text("c.txt")
+    (folder / "samples" / "a b.png").unlink()
+    assert [problem.split(str(folder))[1][:7] for problem in sums.problems(folder)] == ["/b.txt ", "/sample"]
+    with pytest.raises(ValueError, match=r"b\.txt is not what was written: its SHA-256 differs from SHA256SUMS \(and 1 more"):
+        sums.require(folder)
+    sums.require(folder, ["c.txt"])
+    with pytest.raises(ValueError, match=r"a b\.png cannot be read"):
+        sums.require(folder, ["samples/a b.png"])
+
+
+def test_a_command_at_work_voids_them(folder):
+    """While a command changes a folder there are no hashes; an end by error leaves none, a good end new ones."""
+    def fails():
+        with sums.over(folder):
+            assert not (folder / sums.NAME).exists()
+            raise RuntimeError
+    with pytest.raises(RuntimeError):
+        fails()
+    assert not (folder / sums.NAME).exists()
+    sums.require(folder)  # a folder without hashes passes
+    with sums.over(folder):
+        files.write_bytes(folder / "c", b"1")
+    assert set(sums.read(folder)) == {"b.txt", "samples/a b.png", "c"}
+    (folder / "c").write_text("2")
+    with pytest.raises(ValueError, match="c is not what was written"), sums.over(folder):
+        pass
+
+
+def test_update(folder):
+    """A later command takes over the hash of what it rightly changed, and of nothing else."""
+    for name in ("b.txt", "samples/a b.png"):
+        (folder / name).write_text("new")
+    sums.update(folder, "b.txt")
+    assert [problem.split(" ")[0].rsplit("/")[-1] for problem in sums.problems(folder)] == ["a"]
+
+
+@pytest.mark.parametrize("line", ["x", "0" * 64 + " x", "0" * 63 + "g  x", "0" * 64 + "  ../x", "0" * 64 + "  /etc/passwd"])
+def test_a_damaged_table_is_refused(folder, line):
+    """A line that is no hash and name, or leads out of the folder, is named by its number."""
+    (folder / sums.NAME).write_text((folder / sums.NAME).read_text() + line + "\n")
+    with pytest.raises(ValueError, match="SHA256SUMS, line 3"):
+        sums.read(folder)
