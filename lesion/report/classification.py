@@ -13,7 +13,7 @@ from lesion.classify.arms import ARMS, CONTRASTS
 from lesion.report import plots
 from lesion.report.page import difference, figure, heading, interval, number, p_value, paragraph, table
 from lesion.run import files
-from lesion.stats import classification, comparison, inference
+from lesion.stats import classification, comparison
 from lesion.tiles.seen import tile_id
 
 KEY = (("O1", "S2"), ("A1", "S2"), ("W1", "S2w"))  # which contrast the headline rests on: the first that was run
@@ -257,14 +257,8 @@ def draw(runs: dict, results: dict, shown: tuple[str, ...]) -> dict:
     if shown:
         figures["confusion"] = plots.confusion({arm: results["arms"][arm]["confusion"]["chosen"] for arm in shown},
                                                "at the chosen threshold, means over seeds")
-    rows = {}
-    for arm, seeds in runs.items():
-        scores = np.mean([run.scores for run in seeds.values()], axis=0)
-        rows[arm] = classification.reliability(next(iter(seeds.values())).labels, scores)
-        for row in rows[arm]:
-            row["low"], row["high"] = inference.clopper_pearson(row["malignant"], row["n"])
-    results["calibration"] = rows
-    figures["calibration"] = plots.calibration(rows)
+    results["calibration"] = {arm: comparison.calibration(seeds) for arm, seeds in runs.items()}
+    figures["calibration"] = plots.calibration(results["calibration"])
     return figures
 
 
