@@ -9,10 +9,9 @@ import torch
 from PIL import Image
 
 from lesion.classify import features
-from lesion.describe import attributes, prompts
+from lesion.describe import adherence, attributes, prompts
 from lesion.mini import pretrain
 from lesion.mini.unet import load_vae
-from lesion.report import sets
 from lesion.run import cli, files, sheets
 from lesion.sd import checkpoint, pipeline
 from lesion.sd.vae import to_images_u8, to_pixels
@@ -105,7 +104,7 @@ def steer(asked: list[dict], images_u8: np.ndarray) -> dict:
     """Per steered attribute: n, mean (Spearman), low, high."""
     measured = attributes.measure_all(list(images_u8), workers=1)
     rows = [{"attributes": one} for one in asked]
-    return {name: {key: value for key, value in sets.adherence(name, rows, measured).items() if key in ("n", "mean", "low", "high")}
+    return {name: {key: value for key, value in adherence.adherence(name, rows, measured).items() if key in ("n", "mean", "low", "high")}
             for name in STEERED}
 
 

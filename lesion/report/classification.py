@@ -4,6 +4,7 @@ Every sentence is derived from the numbers of `lesion.stats.comparison.analyse`;
 word are `comparison.verdict` and `finding`. Proven by tests/report/test_evaluate_script.py.
 """
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,8 @@ METHOD = (
     "not corrected against each other. The chosen threshold maximises recall + specificity on validation tiles.")
 
 
-def build(folder: Path, data: Path | None, shown: tuple[str, str] = ("W1", "S2")) -> tuple[list[dict], dict, dict]:
+def build(folder: Path, data: Path | None, shown: tuple[str, str] = ("W1", "S2"),
+          progress: Callable | None = None) -> tuple[list[dict], dict, dict]:
     """(blocks, results, figures: stem -> matplotlib figure) for a run folder of classify.py.
 
     data: the prepared set, for the subgroups (None: left out). shown: the two arms whose confusion matrices are drawn.
@@ -34,7 +36,7 @@ def build(folder: Path, data: Path | None, shown: tuple[str, str] = ("W1", "S2")
     """
     runs = predictions.read_runs(folder)
     args = json.loads((folder / "args.json").read_text()) if (folder / "args.json").is_file() else {}
-    results = comparison.analyse(runs, CONTRASTS)
+    results = comparison.analyse(runs, CONTRASTS, progress=progress)
     results["subgroups"] = comparison.subgroups(runs, groups_of(data, runs)) if data else []
     results["run"] = {key: args.get(key) for key in ("arch", "weights", "image_size", "epochs", "batch_size", "lr",
                                                      "augmentation", "weight_power", "ratio", "max_benign", "folds",
@@ -250,16 +252,17 @@ def draw(runs: dict, results: dict, shown: tuple[str, ...]) -> dict:
     figures = {}
     pairs = [(row["first"], row["second"]) for row in results["contrasts"]]
     if pairs:
-        figures["contrasts"] = plots.forest(results["contrasts"],
-                                           {name: _title(name) for name in classification.SHOWN["key"]})
+        titles = {name: _title(name) for name in classification.SHOWN["key"]}
+        for stem, columns in (("contrasts", 3), ("narrow/contrasts", 1)):
+            figures[stem] = plots.forest(results["contrasts"], titles, columns)
         bands = {arm: comparison.curve_bands(runs[arm]) for arm in dict.fromkeys(sum(pairs, ()))}
-        figures["curves"] = plots.curves([(a, bands[a], b, bands[b]) for a, b in pairs], results["prevalence"])
+        for stem, columns in (("curves", 3), ("narrow/curves", 1)):
+            figures[stem] = plots.curves([(a, bands[a], b, bands[b]) for a, b in pairs], results["prevalence"], columns)
     if shown:
         figures["confusion"] = plots.confusion({arm: results["arms"][arm]["confusion"]["chosen"] for arm in shown},
                                                "at the chosen threshold, means over seeds")
-    results["calibration"] = {arm: comparison.calibration(seeds) for arm, seeds in runs.items()}
-    figures["calibration"] = plots.calibration(results["calibration"])
-    return figures
+    rows = results["calibration"] = {arm: comparison.calibration(seeds) for arm, seeds in runs.items()}
+    return figures | {"calibration": plots.calibration(rows), "narrow/calibration": plots.calibration(rows, columns=1)}
 
 
 def _figure(stem, results):

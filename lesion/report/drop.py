@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from lesion.run import files
+from lesion.run import files, folders
 
 
 def drop_copies(folder: Path, names: Iterable[str], out: Path) -> int:
@@ -15,27 +15,37 @@ def drop_copies(folder: Path, names: Iterable[str], out: Path) -> int:
     listed in `dropped.json`, the other pictures are hard-linked (copied where links are impossible). Returns how many
     are left.
 
-    ValueError if `out` exists and is not empty, a name is not in the manifest, or nothing would be left.
+    An `out` that was made from the same folder before is replaced as a whole. ValueError if `out` holds anything else, a
+    name is not in the manifest, or nothing would be left.
     """
     folder, out, names = Path(folder), Path(out), set(names)
     rows = files.read_manifest(folder)
     unknown = sorted(names - {row["file_name"] for row in rows})
     if unknown:
         raise ValueError(f"{folder} has no tile {unknown[0]!r}")
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} exists and is not empty: give another folder for the tiles without copies")
+    refuse_foreign(folder, out)
     kept = [row for row in rows if row["file_name"] not in names]
     if not kept:
         raise ValueError(f"all {len(rows)} tiles of {folder} are copies: nothing would be left")
-    for row in kept:
-        target = out / row["file_name"]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(folder / row["file_name"], target)
-        except OSError:
-            shutil.copyfile(folder / row["file_name"], target)
-    if (folder / "provenance.json").is_file():  # which tiles the generator saw: classify.py asks for it
-        shutil.copyfile(folder / "provenance.json", out / "provenance.json")
-    files.write_json(out / "dropped.json", {"from": str(folder), "copies": sorted(names)})
-    files.write_manifest(out, kept)
+    with folders.replaced(out) as new:
+        for row in kept:
+            target = new / row["file_name"]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(folder / row["file_name"], target)
+            except OSError:
+                shutil.copyfile(folder / row["file_name"], target)
+        if (folder / "provenance.json").is_file():  # which tiles the generator saw: classify.py asks for it
+            shutil.copyfile(folder / "provenance.json", new / "provenance.json")
+        files.write_json(new / "dropped.json", {"from": str(folder), "copies": sorted(names)})
+        files.write_manifest(new, kept)
     return len(kept)
+
+
+def refuse_foreign(folder: Path, out: Path) -> None:
+    """ValueError if `out` holds anything that was not made from `folder` by `drop_copies`."""
+    note = out / "dropped.json"
+    origin = Path(files.read_json(note).get("from", "")).resolve() if note.is_file() else None
+    if out.exists() and any(out.iterdir()) and origin != folder.resolve():
+        raise ValueError(f"{out} exists, is not empty and was not made from {folder}: give another folder for the tiles "
+                         "without copies")

@@ -1,32 +1,25 @@
 """A report from blocks: one self-contained report.html, the same as report.md, the numbers as results.json.
 
-A block is a dict from `heading`, `paragraph`, `table` or `figure`; sections (lesion/report_*.py) make lists of them.
-Nothing is fetched when the page is read: figures are embedded, there are no scripts. Proven by tests/report/test_page.py.
+A block is a dict from one of the functions below; the sections (front.py, classification.py, pictures.py, readers.py)
+make lists of them. Nothing is fetched when the page is read: pictures are embedded, there are no scripts.
+Proven by tests/report/test_page.py and, in a browser, tests/browser/test_report_browser.py.
 """
 import base64
-import html
+import io
 import json
 from pathlib import Path
 
+import numpy as np
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+from PIL import Image
+
 from lesion.run import files
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 60rem; margin: 2rem auto;
-       padding: 0 1rem; }
-h1 { font-size: 1.7rem; line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #bbb; }
-p { max-width: 46rem; } p.lead { font-size: 1.1rem; border-left: 4px solid #0072b2; padding-left: .8rem; }
-.wide { overflow-x: auto; margin: 1.2rem 0; }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-caption, figcaption { text-align: left; font-size: .9rem; color: #444; padding: .3rem 0; max-width: 46rem; }
-th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #555; vertical-align: bottom; }
-td.text, th.text { text-align: left; }
-figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; }
-code { font-size: .9em; overflow-wrap: anywhere; }
-@media print { body { max-width: none; margin: 0; font-size: 11px; } h2 { break-after: avoid; }
-               figure, tr { break-inside: avoid; } .wide { overflow: visible; } }
-"""
+TEMPLATES = Environment(loader=PackageLoader("lesion.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
+
+# ---------------------------------------------------------------------------------------------- blocks
 
 def heading(text: str, level: int = 2) -> dict:
     """A heading of level 2 (a section) or 3."""
@@ -38,6 +31,16 @@ def paragraph(text: str, lead: bool = False) -> dict:
     return {"kind": "paragraph", "text": text, "lead": lead}
 
 
+def bullets(items: list[str]) -> dict:
+    """A list of short texts."""
+    return {"kind": "bullets", "items": list(items)}
+
+
+def facts(rows: list[tuple[str, str]]) -> dict:
+    """Names and what they stand for, as a list of terms."""
+    return {"kind": "facts", "rows": list(rows)}
+
+
 def table(caption: str, header: list[str], rows: list[list[str]], text: tuple[int, ...] = ()) -> dict:
     """A table of strings; the columns numbered in `text`, and the first, are words and set left, the others right."""
     assert all(len(row) == len(header) for row in rows), caption
@@ -45,75 +48,103 @@ def table(caption: str, header: list[str], rows: list[list[str]], text: tuple[in
 
 
 def figure(stem: str, caption: str, alt: str) -> dict:
-    """The picture figures/`stem`.svg and .png of the report's folder; `alt` says in words what it shows."""
+    """The chart figures/`stem`.svg and .png of the report's folder; `alt` says in words what it shows. Where there is a
+    figures/narrow/`stem`.svg, narrow screens show that."""
     return {"kind": "figure", "stem": stem, "caption": caption, "alt": alt}
 
 
-def write(out: Path, title: str, blocks: list[dict], results: dict) -> None:
+def tiles(stem: str, caption: str, alt: str, rows: list[tuple[str, list[dict]]]) -> dict:
+    """Tiles that flow with the width of the page; Markdown has figures/`stem`.png in their place.
+
+    rows: (title, cells), a cell {"images": uint8 [R,R,3] each, "caption": str, "marked": bool (framed)}.
+    """
+    return {"kind": "tiles", "stem": stem, "caption": caption, "alt": alt, "rows": rows}
+
+
+def animation(stem: str, still: str, caption: str, alt: str) -> dict:
+    """figures/`stem`.gif; figures/`still`.png in its place on paper and for readers who asked for less motion."""
+    return {"kind": "animation", "stem": stem, "still": still, "caption": caption, "alt": alt}
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+def write(out: Path, title: str, blocks: list[dict], results: dict, front: list[list[list[dict]]] = ()) -> None:
     """Write report.html, report.md and results.json into `out`, whose figures/ are there already. Atomic, file by file.
 
-    ValueError if a number of `results` is NaN or infinite.
+    front: the first page as rows of cells of blocks. ValueError if a number of `results` is NaN or infinite.
     """
     try:
         numbers = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     except ValueError:
         raise ValueError("a figure of the report is not a finite number: nothing written") from None
-    page, text = as_html(out, title, blocks), as_markdown(title, blocks)
+    page, text = as_html(out, title, blocks, front), as_markdown(title, blocks, front)
     files.write_bytes(out / "results.json", numbers.encode())
     files.write_bytes(out / "report.md", text.encode())
     files.write_bytes(out / "report.html", page.encode())
 
 
-def as_html(out: Path, title: str, blocks: list[dict]) -> str:
-    """The page, with the figures of `out`/figures embedded as SVG."""
-    body = "\n".join(_html(out, block) for block in blocks)
-    title = html.escape(title)
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>'
-            f"<style>{STYLE}</style></head>\n<body><main>\n<h1>{title}</h1>\n{body}\n</main></body></html>\n")
+def as_html(out: Path, title: str, blocks: list[dict], front: list[list[list[dict]]] = ()) -> str:
+    """The page (templates/report.html), with the pictures of `out`/figures embedded."""
+    numbered = [block | {"id": f"part-{place}"} if block["kind"] == "heading" else block
+                for place, block in enumerate(blocks)]
+    style = Markup(TEMPLATES.get_template("report.css").render())
+    return TEMPLATES.get_template("report.html").render(
+        title=title, blocks=numbered, front=front, contents=_contents(numbered) if front else [], style=style,
+        embed=lambda name: _embed(out / "figures" / name), tile=_tile,
+        narrow=lambda stem: (out / "figures" / "narrow" / f"{stem}.svg").is_file())
 
 
-def _html(out, block):
-    if block["kind"] == "heading":
-        return f"<h{block['level']}>{html.escape(block['text'])}</h{block['level']}>"
-    if block["kind"] == "paragraph":
-        return f"<p{' class=lead' if block['lead'] else ''}>{html.escape(block['text'])}</p>"
-    if block["kind"] == "figure":
-        data = base64.b64encode((out / "figures" / f"{block['stem']}.svg").read_bytes()).decode()
-        return (f'<figure><img alt="{html.escape(block["alt"])}" src="data:image/svg+xml;base64,{data}">'
-                f"<figcaption>{html.escape(block['caption'])}</figcaption></figure>")
-    head = "".join(f"<th scope=col{_left(block, i)}>{html.escape(cell)}</th>" for i, cell in enumerate(block["header"]))
-    rows = "\n".join("<tr>" + "".join(f"<td{_left(block, i)}>{html.escape(cell)}</td>" for i, cell in enumerate(row))
-                     + "</tr>" for row in block["rows"])
-    return (f'<div class="wide"><table><caption>{html.escape(block["caption"])}</caption><thead><tr>{head}</tr></thead>'
-            f"<tbody>\n{rows}\n</tbody></table></div>")
-
-
-def _left(block, column):
-    return " class=text" if column in block["text"] else ""
-
-
-def as_markdown(title: str, blocks: list[dict]) -> str:
-    """The same as GitHub-flavoured Markdown, figures linked as figures/<stem>.png."""
-    parts = [f"# {_plain(title)}"]
+def _contents(blocks):
+    """[(heading of level 2, [headings of level 3 under it])]."""
+    sections = []
     for block in blocks:
-        if block["kind"] == "heading":
-            parts.append("#" * block["level"] + " " + _plain(block["text"]))
-        elif block["kind"] == "paragraph":
-            parts.append(f"**{_plain(block['text'])}**" if block["lead"] else _plain(block["text"]))
-        elif block["kind"] == "figure":
-            parts.append(f"![{_plain(block['alt'])}](figures/{block['stem']}.png)\n\n*{_plain(block['caption'])}*")
-        else:
-            rule = [":--" if i in block["text"] else "--:" for i in range(len(block["header"]))]
-            lines = [[_plain(cell) for cell in row] for row in [block["header"], *block["rows"]]]
-            body = "\n".join(f"| {' | '.join(row)} |" for row in [lines[0], rule, *lines[1:]])
-            parts.append(f"{_plain(block['caption'])}\n\n{body}")
-    return "\n\n".join(parts) + "\n"
+        if block["kind"] == "heading" and block["level"] == 2:
+            sections.append((block, []))
+        elif block["kind"] == "heading" and sections:
+            sections[-1][1].append(block)
+    return sections
+
+
+def _embed(path):
+    kind = {".svg": "svg+xml", ".png": "png", ".gif": "gif"}[path.suffix]
+    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _tile(image: np.ndarray) -> str:
+    """One tile, its very pixels, as the address of an embedded PNG."""
+    data = io.BytesIO()
+    Image.fromarray(image).save(data, format="PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+def as_markdown(title: str, blocks: list[dict], front: list[list[list[dict]]] = ()) -> str:
+    """The same as GitHub-flavoured Markdown, figures linked as figures/<stem>.png."""
+    first = [block for row in front for cell in row for block in cell]
+    return "\n\n".join([f"# {_plain(title)}", *map(_markdown, [*first, *blocks])]) + "\n"
+
+
+def _markdown(block):
+    kind = block["kind"]
+    if kind == "heading":
+        return "#" * block["level"] + " " + _plain(block["text"])
+    if kind == "paragraph":
+        return f"**{_plain(block['text'])}**" if block["lead"] else _plain(block["text"])
+    if kind == "bullets":
+        return "\n".join(f"- {_plain(item)}" for item in block["items"])
+    if kind == "facts":
+        return "\n".join(f"- {_plain(name)}: {_plain(value)}" for name, value in block["rows"])
+    if kind in ("figure", "tiles", "animation"):
+        ending = "gif" if kind == "animation" else "png"
+        return f"![{_plain(block['alt'])}](figures/{block['stem']}.{ending})\n\n*{_plain(block['caption'])}*"
+    rule = [":--" if i in block["text"] else "--:" for i in range(len(block["header"]))]
+    lines = [[_plain(cell) for cell in row] for row in [block["header"], *block["rows"]]]
+    body = "\n".join(f"| {' | '.join(row)} |" for row in [lines[0], rule, *lines[1:]])
+    return f"{_plain(block['caption'])}\n\n{body}"
 
 
 def _plain(text):
     """Text whose marks Markdown would take for its own, escaped; one line."""
-    for mark in "\\`*_[]<>|#":
+    for mark in "\\`*_[]<>|#$~&":
         text = text.replace(mark, "\\" + mark)
     return " ".join(text.split())
 

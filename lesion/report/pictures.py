@@ -8,10 +8,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lesion.describe import prompts
-from lesion.report import drop, page, plots_pictures
+from lesion.report import drop, page, plots_pictures, request
 from lesion.report import sets as picture_sets
 from lesion.report.page import heading, number, p_value, paragraph, table
-from lesion.run import files
+from lesion.run import files, sheets
 from lesion.stats import memorisation
 
 WORST, SHOWN, FEW = 20, 10, 10
@@ -37,41 +37,57 @@ METHOD = (
 
 
 def build(folders: list[Path], data: Path, classify: Path | None = None, runs: tuple[Path, ...] = (),
-          drop_copies: Path | None = None, progress=None) -> tuple[list[dict], dict, dict]:
-    """(blocks, results, figures: stem -> matplotlib figure) for synthetic folders of generate.py and a prepared data
-    set.
+          drop_copies: Path | None = None, progress=None) -> tuple[list[dict], dict, dict, dict, dict]:
+    """(blocks, results, figures: stem -> matplotlib figure, folder -> file names of its copies, name -> picture file that
+    the report takes in as it is) for synthetic folders of generate.py and a prepared data set.
 
-    runs: folders of train_lora.py, for the learning curves; drop_copies: where the folders without their copies are
+    runs: folders of train_lora.py, for the learning curves; drop_copies: where the folders without their copies will be
     written, one a set. ValueError as `picture_sets.gather`; too few held-out tiles only cost the part on copies, unless
     `drop_copies` asks for it.
     """
+    for folder, name in zip(folders, picture_sets.names(folders)) if drop_copies else []:
+        drop.refuse_foreign(Path(folder), _without_copies(drop_copies, name))
     material = picture_sets.gather(folders, data, classify, progress=progress)
     results = {"label": material.label, "features": material.extractor.name, "notes": material.notes,
-               "fidelity": picture_sets.judge_fidelity(material), "copies": None}
+               "fidelity": picture_sets.judge_fidelity(material, progress), "copies": None}
     found = {}
     try:
-        results["copies"], found = picture_sets.judge_copies(material)
+        results["copies"], found = picture_sets.judge_copies(material, progress)
     except ValueError as error:
         if drop_copies:
             raise
         results["notes"].append(f"{error}.")
-    results["attributes"] = picture_sets.judge_attributes(material)
+    results["attributes"] = picture_sets.judge_attributes(material, progress)
     results["training"] = picture_sets.judge_training(list(runs), material, results["copies"])
     results["provenance"] = [_provenance(part) for part in material.synthetic]
-    blocks, figures = _blocks(material, results, found)
+    copies = {part.folder: [part.rows[i]["file_name"] for i in np.flatnonzero(found[part.name].is_copy)]
+              for part in material.synthetic if part.name in found}
+    blocks, figures = _blocks(material, results, found, progress)
     if drop_copies:
-        blocks.append(paragraph(_dropped(material, found, Path(drop_copies))))
-    return blocks, results, figures
+        results["dropped"] = [_dropped(part, copies[part.folder], Path(drop_copies)) for part in material.synthetic]
+        blocks.append(paragraph(" ".join(
+            f"{row['name']} without its {row['copies']} {'copy' if row['copies'] == 1 else 'copies'}: {row['left']} tiles in "
+            f"{row['folder']}." for row in results["dropped"])))
+    gif = next(filter(None, map(request.denoising, map(Path, folders))), None)
+    if gif:
+        figures["denoising-steps"] = plots_pictures.steps(sheets.open_frames(gif))
+        words = "" if gif.parent in map(Path, folders) else f" (from {gif.parent}, drawn with the same LoRA)"
+        place = next(i for i, block in enumerate(blocks) if block.get("stem") == "tsne-real")
+        blocks.insert(place, page.animation("denoising", "denoising-steps", f"From noise to tiles, step by step{words}.",
+                                            "tiles emerging from noise"))
+    return blocks, results, figures, copies, {"denoising.gif": gif} if gif else {}
 
 
-def _blocks(material, results, found):
-    figures = {"tiles": _tiles(material), **_maps(material, results["fidelity"])}
+def _blocks(material, results, found, progress):
+    shown = _shown_tiles(material)
+    figures = {"tiles": _tile_sheet(shown), **_maps(material, results["fidelity"], progress)}
     label = material.label
     blocks = [heading("Are the synthetic tiles faithful, new and varied?"),
               *(paragraph(text, lead=True) for text in findings(results)),
               paragraph(f"Features: {material.extractor.sentence}."), *map(paragraph, results["notes"]),
-              page.figure("tiles", f"Real and synthetic {label} tiles, drawn at random, none chosen.",
-                            "rows of tiles: real, held-out real, and each synthetic set"),
+              page.tiles("tiles", f"Real and synthetic {label} tiles, drawn at random, none chosen.",
+                         f"{label} tiles at random: {', '.join(name for name, _ in shown)}",
+                         [(name, [{"images": [image]} for image in images]) for name, images in shown]),
               *_fidelity(results["fidelity"], label),
               page.figure("tsne-real", f"t-SNE of real {label} and synthetic tiles; read the AUC, not the overlap.",
                             "point clouds of real and synthetic tiles")]
@@ -81,17 +97,23 @@ def _blocks(material, results, found):
     if results["copies"]:
         blocks += [heading("Copies of training tiles", 3), *_copies(results["copies"])]
         for place, part in enumerate(material.synthetic):
-            figures[f"worst-{place}"] = _worst(part, material.training, found[part.name])
+            pairs = _worst(part, material.training, found[part.name])
+            figures[f"worst-{place}"] = plots_pictures.worst(*pairs)
             caption = (f"{part.name}: the tiles nearest to a training tile (left, turned to its view) beside it, with "
                        "the relative distance by pixels; copies framed.")
-            blocks.append(page.figure(f"worst-{place}", caption, "pairs of a synthetic and a training tile"))
+            cells = [{"images": [ours, theirs], "caption": f"copy: {text}" if copy else text, "marked": bool(copy)}
+                     for ours, theirs, text, copy in zip(*pairs)]
+            blocks.append(page.tiles(f"worst-{place}", caption, f"{len(cells)} pairs of a synthetic tile and the "
+                                     f"training tile nearest to it, {sum(pairs[3])} of them copies", [("", cells)]))
     if results["training"]:
         figures["learning"] = plots_pictures.learning(results["training"])
+        figures["narrow/learning"] = plots_pictures.learning(results["training"], columns=1)
         blocks.append(page.figure("learning", "Over-training: validation loss, and the share of copies among tiles "
                                     "drawn from each checkpoint.", "curves against the training step"))
     values = {name: names for name, names in prompts.NAMES.items() if name != "surface"}
     titles = {name: prompts.VOCABULARY[name].title for name in values}
-    figures["attributes"] = plots_pictures.attributes(results["attributes"]["counts"], values, titles)
+    for stem, columns in (("attributes", 2), ("narrow/attributes", 1)):
+        figures[stem] = plots_pictures.attributes(results["attributes"]["counts"], values, titles, columns)
     blocks += [heading("What the tiles show", 3), *_shown(results["attributes"], label)]
     blocks += [heading("How it was done", 3), *map(paragraph, METHOD), _origin(results["provenance"])]
     return blocks, figures
@@ -162,7 +184,8 @@ def _copies(results):
     held_out = {row.get("held_out") for row in results["sets"]} - {None}
     few = f"The three-sample test rests on {held_out.pop()} held-out tiles of the class." if held_out else \
         "The three-sample test needs at least 10 held-out tiles of the class."
-    how = f"Features: {results['features']}; never a classifier's, as one that was fitted to the training tiles knows them from others."
+    how = (f"Features: {results['features']}; never a classifier's, as one that was fitted to the training tiles knows "
+           "them from others.")
     return [table(f"Copies of any of {results['training']} training tiles: relative distance under "
                   f"{number(limits['pixels'], 2)} by pixels or {number(limits['features'], 2)} by features, set on "
                   f"{results['calibration']} held-out real tiles.", header, rows), paragraph(f"{few} {how}")]
@@ -196,20 +219,23 @@ def _tone(counts, place):
 
 # -------------------------------------------------------------------------------- figures
 
-def _tiles(material: picture_sets.Material) -> Figure:
+def _shown_tiles(material: picture_sets.Material) -> list[tuple[str, np.ndarray]]:
+    """(name, tiles at random): SHOWN real ones, SHOWN held out, twice as many of each synthetic set."""
     rng, parts = np.random.default_rng(0), [material.real, *([material.held_out] if material.held_out else [])]
-    rows = []
-    for part in [*parts, *material.synthetic]:
-        chosen = rng.permutation(len(part.rows))[:SHOWN if part in parts else 2 * SHOWN]
-        for start in range(0, len(chosen), SHOWN):
-            rows.append((part.name if not start else "", part.images[chosen[start:start + SHOWN]]))
-    return plots_pictures.grid(rows)
+    return [(part.name, part.images[rng.permutation(len(part.rows))[:SHOWN if part in parts else 2 * SHOWN]])
+            for part in [*parts, *material.synthetic]]
 
 
-def _maps(material, results):
+def _tile_sheet(shown) -> Figure:
+    return plots_pictures.grid([(name if not start else "", images[start:start + SHOWN]) for name, images in shown
+                                for start in range(0, len(images), SHOWN)])
+
+
+def _maps(material, results, progress):
     figures = {}
-    for stem, other, style, key in (("tsne-real", material.real, plots_pictures.REAL, "against_real"),
-                                    ("tsne-other", material.other, plots_pictures.BENIGN, "against_other")):
+    maps = (("tsne-real", material.real, plots_pictures.REAL, "against_real"),
+            ("tsne-other", material.other, plots_pictures.BENIGN, "against_other"))
+    for stem, other, style, key in (progress or picture_sets.silent)(maps, desc="t-SNE", unit="map"):
         panels = []
         for place, (part, row) in enumerate(zip(material.synthetic, results["sets"])):
             if key in row:
@@ -219,7 +245,7 @@ def _maps(material, results):
                     (other.name, positions[:len(parts[0])], style),
                     (part.name, positions[len(parts[0]):], plots_pictures.SETS[place % len(plots_pictures.SETS)])]})
         if panels:
-            figures[stem] = plots_pictures.scatter(panels)
+            figures |= {stem: plots_pictures.scatter(panels), f"narrow/{stem}": plots_pictures.scatter(panels, columns=1)}
     return figures
 
 
@@ -228,7 +254,7 @@ def _worst(part, training, copies):
     by_pixels = copies.pixels
     turned = np.stack([memorisation.views(part.images[i:i + 1])[by_pixels.view[i]][0] for i in order])
     captions = [f"{Path(part.rows[i]['file_name']).stem}   {by_pixels.relative[i]:.2f}" for i in order]
-    return plots_pictures.worst(turned, training.images[by_pixels.index[order]], captions, copies.is_copy[order])
+    return turned, training.images[by_pixels.index[order]], captions, copies.is_copy[order]
 
 
 # -------------------------------------------------------------------------------- provenance, dropping
@@ -250,11 +276,10 @@ def _origin(rows):
                  text=(1, 2, 3, 4, 5))
 
 
-def _dropped(material, found, out):
-    texts = []
-    for part in material.synthetic:
-        names = [part.rows[i]["file_name"] for i in np.flatnonzero(found[part.name].is_copy)]
-        target = out / part.name.replace("/", "-")
-        left = drop.drop_copies(part.folder, names, target)
-        texts.append(f"{part.name} without its {len(names)} {'copy' if len(names) == 1 else 'copies'}: {left} tiles in {target}.")
-    return " ".join(texts)
+def _dropped(part, names, out):
+    return {"name": part.name, "folder": str(_without_copies(out, part.name)), "copies": len(names),
+            "left": len(part.rows) - len(names)}
+
+
+def _without_copies(out, name):
+    return Path(out) / name.replace("/", "-")

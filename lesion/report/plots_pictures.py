@@ -6,9 +6,10 @@ Proven by tests/report/test_plots_pictures.py.
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from lesion.report.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SETTINGS, SKY, VERMILION
+from lesion.report.plots import SETTINGS, WIDTH, grid_of, label
+from lesion.run.sheets import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
 
 REAL, BENIGN = (BLUE, "o"), (GREY, "o")
 SETS = ((VERMILION, "^"), (ORANGE, "s"), (PURPLE, "v"), (GREEN, "P"), (SKY, "D"))  # synthetic sets, in order
@@ -25,21 +26,21 @@ def tsne(features: np.ndarray, seed: int = 0) -> np.ndarray:
     return TSNE(perplexity=perplexity, init="pca", learning_rate="auto", random_state=seed).fit_transform(scaled)
 
 
-def scatter(panels: list[dict]) -> Figure:
+def scatter(panels: list[dict], columns: int = 2) -> Figure:
     """t-SNE maps side by side. panels: title, parts = [(name, positions [M,2], (colour, marker))], the first part
     below."""
     with rc_context(SETTINGS):
-        columns = min(3, len(panels))
-        lines = -(-len(panels) // columns)
-        chart = Figure(figsize=(3.3 * columns + 0.2, 3.6 * lines), layout="constrained")
+        lines, columns = grid_of(len(panels), columns)
+        chart = Figure(figsize=(3.5 * columns + 0.2, 3.7 * lines), layout="constrained")
         axes = chart.subplots(lines, columns, squeeze=False).ravel()
         for axis in axes[len(panels):]:
             axis.axis("off")
         for axis, panel in zip(axes, panels):
             for name, positions, (colour, marker) in panel["parts"]:
-                axis.scatter(*positions.T, s=16, c=colour, marker=marker, alpha=0.7, linewidths=0, label=name)
+                axis.scatter(*positions.T, s=16, c=colour, marker=marker, alpha=0.7, linewidths=0, label=label(name))
             axis.set(xticks=[], yticks=[], title=panel["title"])
-            axis.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, fontsize=9, handletextpad=0.1)
+            wide = max(len(name) for name, *_ in panel["parts"]) > 18
+            axis.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=1 if wide else 2, handletextpad=0.1)
         return chart
 
 
@@ -56,6 +57,22 @@ def grid(rows: list[tuple[str, np.ndarray]]) -> Figure:
                 axis = chart.add_axes((left + column * 0.96 / columns, top, side, 0.84 / len(rows)))
                 axis.imshow(image)
                 axis.axis("off")
+        return chart
+
+
+def steps(frames: np.ndarray, shown: int = 6) -> Figure:
+    """A few frames of a denoising GIF side by side, the first and the last among them, for paper. frames: uint8 [N,H,W,3]."""
+    with rc_context(SETTINGS):
+        chosen = np.unique(np.linspace(0, len(frames) - 1, shown).round().astype(int))
+        height, width = frames.shape[1:3]
+        chart = Figure(figsize=(WIDTH, WIDTH / len(chosen) * height / width + 0.25))
+        for place, number in enumerate(chosen):
+            share = chart.get_figheight()
+            axis = chart.add_axes(((place + 0.01) / len(chosen), 0.25 / share, 0.98 / len(chosen), 1 - 0.25 / share))
+            axis.imshow(frames[number])
+            axis.axis("off")
+            words = {0: "first step", len(frames) - 1: "last step"}.get(int(number), "")
+            chart.text((place + 0.5) / len(chosen), 0.02, words, ha="center", va="bottom", fontsize=9)
         return chart
 
 
@@ -85,16 +102,15 @@ def worst(synthetic: np.ndarray, training: np.ndarray, captions: list[str], is_c
 
 
 def attributes(counts: dict[str, dict[str, list[int]]], values: dict[str, tuple[str, ...]],
-               titles: dict[str, str]) -> Figure:
+               titles: dict[str, str], columns: int = 2) -> Figure:
     """Share of each value of each attribute, real beside synthetic.
 
-    counts: set name -> attribute -> tiles with each value; the first set is the real one. values: attribute -> names; titles:
-    attribute -> heading.
+    counts: set name -> attribute -> tiles with each value; the first set is the real one. values: attribute -> names;
+    titles: attribute -> heading.
     """
     with rc_context(SETTINGS):
-        columns = 2
-        lines = -(-len(values) // columns)
-        chart = Figure(figsize=(8.6, 2.3 * lines + 0.5), layout="constrained")
+        lines, columns = grid_of(len(values), columns)
+        chart = Figure(figsize=(WIDTH / 2 * columns, 2.1 * lines + 0.5), layout="constrained")
         axes = chart.subplots(lines, columns, squeeze=False).ravel()
         for axis in axes[len(values):]:
             axis.axis("off")
@@ -105,26 +121,28 @@ def attributes(counts: dict[str, dict[str, list[int]]], values: dict[str, tuple[
                 colour = REAL[0] if place == 0 else SETS[(place - 1) % len(SETS)][0]
                 axis.bar(np.arange(len(classes)) + (place - (len(counts) - 1) / 2) * width,
                          np.array(found[name]) / total, width * 0.92, color=colour, edgecolor=BLACK, linewidth=0.5,
-                         hatch=HATCHES[place % len(HATCHES)], label=set_name)
+                         hatch=HATCHES[place % len(HATCHES)], label=label(set_name))
             axis.set(title=titles[name], xticks=range(len(classes)))
             axis.set_xticklabels(classes, fontsize=8, rotation=20 if len(classes) > 3 else 0,
                                  ha="right" if len(classes) > 3 else "center")
             axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         handles, names = axes[0].get_legend_handles_labels()
-        chart.legend(handles, names, loc="outside upper center", ncols=min(4, len(names)), fontsize=9)
+        chart.legend(handles, names, loc="outside upper center", ncols=min(1 if columns == 1 else 4, len(names)), fontsize=9)
         return chart
 
 
-def learning(runs: list[dict]) -> Figure:
-    """Validation loss (above) and share of copies (below) against the training step, one column a run.
+def learning(runs: list[dict], columns: int = 2) -> Figure:
+    """Validation loss (above) and share of copies (below) against the training step; `columns` runs side by side.
 
     runs: name, steps and losses [K] (validation), copies = [(step, rate, low, high)], best: the step of the least loss.
     A line marks `best`: tiles drawn from later checkpoints come from an over-trained LoRA.
     """
     with rc_context(SETTINGS):
-        chart = Figure(figsize=(max(4.6, 4.2 * len(runs)), 4.8), layout="constrained")
-        axes = chart.subplots(2, len(runs), squeeze=False, sharex="col", sharey="row")
-        for (upper, lower), run in zip(axes.T, runs):
+        lines, columns = grid_of(len(runs), columns)
+        chart = Figure(figsize=(min(WIDTH, 4.2 * columns), 4.4 * lines), layout="constrained")
+        axes = chart.subplots(2 * lines, columns, squeeze=False)
+        uppers, lowers = axes[::2].ravel(), axes[1::2].ravel()
+        for upper, lower, run in zip(uppers, lowers, runs):
             upper.plot(run["steps"], run["losses"], "-o", color=BLUE, markersize=4)
             upper.set_title(run["name"])
             if run["copies"]:
@@ -138,10 +156,18 @@ def learning(runs: list[dict]) -> Figure:
                 axis.axvline(run["best"], color=GREY, linewidth=1, linestyle="--")
             upper.annotate("least loss", (run["best"], 1), xycoords=("data", "axes fraction"), xytext=(3, -9),
                            textcoords="offset points", fontsize=8, color=GREY)
+            upper.set_ylabel("validation loss")
             lower.axhline(0.01, color=GREY, linewidth=1, linestyle=":")
-            lower.set_xlabel("training step")
+            lower.set(xlabel="training step", xlim=upper.get_xlim(), ylabel="called copies\n(dotted: real tiles)")
+            lower.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            upper.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             lower.yaxis.set_major_formatter(PercentFormatter(1))
-        axes[1, 0].set_ylim(0)  # of all columns, once every interval is drawn
-        axes[0, 0].set_ylabel("validation loss")
-        axes[1, 0].set_ylabel("called copies\n(dotted: real tiles)")
+        count = len(runs)
+        losses, tops = [axis.get_ylim() for axis in uppers[:count]], [axis.get_ylim()[1] for axis in lowers[:count]]
+        for axis in uppers[:count]:
+            axis.set_ylim(min(low for low, _ in losses), max(high for _, high in losses))
+        for axis in lowers[:count]:
+            axis.set_ylim(0, max(tops))  # of all runs, once every interval is drawn
+        for axis in [*uppers[count:], *lowers[count:]]:
+            axis.axis("off")
         return chart

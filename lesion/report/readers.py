@@ -8,8 +8,9 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from lesion.report import page, plots
+from lesion.report import page, plots, plots_readers
 from lesion.report.page import heading, number, p_value, paragraph, table
+from lesion.run import sheets
 from lesion.stats import readers as reader_study
 
 METHOD = (
@@ -39,13 +40,16 @@ def build(folder: Path) -> tuple[list[dict], dict, dict]:
              f"{len(answers)} answers of {len({row['reader'] for row in answers})} reader(s).")
     left_out = [f"Left out, too few answers: {line}." for line in results["left_out"]]
     blocks = [heading("Can readers tell real from synthetic?"), paragraph(results["verdict"], lead=True),
-              *(paragraph(text) for text in (shown, *left_out, *problems)), _picture(results), _readers(results),
+              *(paragraph(text) for text in (shown, *left_out, *problems)), _picture(results), _bars(results), _readers(results),
               _pooled(results)]
     if results["agreement"]["pairs"]:
         blocks.append(_agreement(results))
     if results["malignancy"]:
         blocks.append(_malignancy(results))
-    return [*blocks, heading("How it was done", 3), *map(paragraph, METHOD)], results, {"readers": draw(results)}
+    return [*blocks, heading("How it was done", 3), *map(paragraph, METHOD)], results, {
+        "readers": draw(results), "narrow/readers": draw(results, narrow=True),
+        "identified-readers": plots_readers.identified(results),
+        "narrow/identified-readers": plots_readers.identified(results, across=3)}
 
 
 def _interval(row: dict, name: str, digits: int = 2) -> str:
@@ -131,39 +135,50 @@ def _picture(results: dict) -> dict:
                          "tiles.", alt)
 
 
-def draw(results: dict) -> Figure:
+def _bars(results: dict) -> dict:
+    said = "; ".join(f"{name}: real {row['real'][0]:.0%}, synthetic {row['synthetic'][0]:.0%}"
+                     for name, row in plots_readers.rates(results, True))
+    return page.figure("identified-readers", "The same rates as bars, as the published study drew its own: real tiles "
+                         "called real and synthetic tiles called synthetic, 95 % intervals; dashed: guessing.",
+                         f"Bars of identification rates. {said}.")
+
+
+def draw(results: dict, narrow: bool = False) -> Figure:
     """Left: share of real and of synthetic tiles each reader identified; right: d', the equivalence margin shaded.
-    The pooled estimate stands below the readers. results: of lesion.stats.readers.analyse."""
+    The pooled estimate stands below the readers; `narrow` puts d' below the shares. results: of
+    lesion.stats.readers.analyse."""
     readers = results["readers"]
     places, bottom = np.arange(len(readers)), len(readers) + 0.3
     with rc_context(plots.SETTINGS):
-        chart = Figure(figsize=(8.5, 1.5 + 0.38 * (len(readers) + 1)), layout="constrained")
-        rates, distance = chart.subplots(1, 2, sharey=True, width_ratios=[3, 2])
+        height = 1.5 + 0.38 * (len(readers) + 1)
+        chart = Figure(figsize=(3.6, 2 * height) if narrow else (plots.WIDTH, height), layout="constrained")
+        rates, distance = chart.subplots(2, 1, sharey=True) if narrow else \
+            chart.subplots(1, 2, sharey=True, width_ratios=[3, 2])
         for name, label, colour, marker, shift in (
-                ("real", "real tile called real", plots.BLUE, "o", -0.13),
-                ("synthetic", "synthetic tile called synthetic", plots.VERMILION, "s", 0.13)):
+                ("real", "real tile called real", sheets.BLUE, "o", -0.13),
+                ("synthetic", "synthetic tile called synthetic", sheets.VERMILION, "s", 0.13)):
             pooled = results["pooled"][f"{name}_rate"]
             middle = 100 * np.array([*(row[f"{name}_rate"] for row in readers), pooled["estimate"]])
             low = 100 * np.array([*(row[f"{name}_low"] for row in readers), max(pooled["low"], 0)])
             high = 100 * np.array([*(row[f"{name}_high"] for row in readers), min(pooled["high"], 1)])
             rates.errorbar(middle, np.append(places, bottom) + shift, xerr=[middle - low, high - middle], fmt=marker,
                            color=colour, markersize=5, linewidth=1.4, label=label)
-        rates.axvline(50, color=plots.GREY, linestyle="--", linewidth=1)
+        rates.axvline(50, color=sheets.GREY, linestyle="--", linewidth=1)
         rates.set(xlim=(0, 100), xlabel="identified, %", yticks=[*places, bottom], ylim=(bottom + 0.5, -0.5),
                   yticklabels=[*(row["reader"] for row in readers), "all readers"])
-        rates.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, handletextpad=0.4)
+        rates.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=1 if narrow else 2, handletextpad=0.4)
         margin, pooled = results["equivalence"]["margin"], results["pooled"]["d_prime"]
-        distance.axvspan(-margin, margin, color=plots.GREY, alpha=0.2, linewidth=0, label=f"margin ±{margin:g}")
-        distance.axvline(0, color=plots.GREY, linestyle="--", linewidth=1)
+        distance.axvspan(-margin, margin, color=sheets.GREY, alpha=0.2, linewidth=0, label=f"margin ±{margin:g}")
+        distance.axvline(0, color=sheets.GREY, linestyle="--", linewidth=1)
         middle = np.array([*(row["d_prime"] for row in readers), pooled["estimate"]])
         low = np.array([*(row["d_prime_low"] for row in readers), pooled["low"]])
         high = np.array([*(row["d_prime_high"] for row in readers), pooled["high"]])
         distance.errorbar(middle[:-1], places, xerr=[(middle - low)[:-1], (high - middle)[:-1]], fmt="o",
-                          color=plots.BLACK, markersize=5, linewidth=1.4)
+                          color=sheets.BLACK, markersize=5, linewidth=1.4)
         distance.errorbar(middle[-1:], [bottom], xerr=[(middle - low)[-1:], (high - middle)[-1:]], fmt="D",
-                          color=plots.BLACK, markersize=6, linewidth=2)
+                          color=sheets.BLACK, markersize=6, linewidth=2)
         distance.set(xlabel="d' (0: cannot tell)")
         distance.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0))
         for axes in (rates, distance):
-            axes.axhline(bottom - 0.65, color=plots.GREY, linewidth=0.6)
+            axes.axhline(bottom - 0.65, color=sheets.GREY, linewidth=0.6)
         return chart

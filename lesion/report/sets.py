@@ -6,13 +6,14 @@ class, which set the limit for copies. Proven by tests/report/test_sets.py.
 """
 import hashlib
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from lesion.classify import arms, features
-from lesion.describe import attributes, prompts
+from lesion.describe import adherence, attributes, prompts
 from lesion.run import devices, files
 from lesion.stats import fidelity, inference, memorisation
 from lesion.tiles import seen
@@ -21,23 +22,13 @@ from lesion.tiles.decode import load_tiles, recorded_norm
 CALIBRATION = 1000  # held-out tiles at most: their features are needed in 8 views
 LEAST = 199         # held-out tiles for 1 % false alarms under two measures
 DRAWN = 300         # tiles of a set in a t-SNE map
-ADHERENCE = {       # attribute -> (the measure it should move, its words)
-    "skin_tone": (lambda m: -m["ita"], "typology angle, falling"),
-    "size": (lambda m: m["diameter_mm"], "longest diameter"),
-    "color": (lambda m: sum(place * share for place, share in enumerate(m["colors"].values())), "mean colour, white to black"),
-    "other_colors": (lambda m: sum(share >= attributes.OTHER_COLOR_SHARE for share in m["colors"].values()),
-                     "number of colours"),
-    "symmetry": (lambda m: m["asymmetry"], "asymmetry"),
-    "shape": (lambda m: -m["axis_ratio"], "length over width"),
-    "border": (lambda m: m["irregularity"], "irregularity of the outline"),
-    "edge": (lambda m: m["edge_width_mm"], "width of the edge"),
-}
+STEP = 256          # tiles between two moves of a progress bar: whole batches of every extractor
 
 
 @dataclass
 class Set:
-    """Tiles of one kind: images_u8 [M,R,R,3], their manifest rows, the folder they lie in; features [M,D] for comparing sets,
-    copy_features [M,E] for finding copies."""
+    """Tiles of one kind: images_u8 [M,R,R,3], their manifest rows, the folder they lie in; features [M,D] for
+    comparing sets, copy_features [M,E] for finding copies."""
     name: str
     folder: Path
     images: np.ndarray
@@ -52,8 +43,9 @@ class Set:
 
 @dataclass
 class Material:
-    """Everything that is compared; `notes` are sentences for the report. copy_extractor: as extractor, but never a classifier: one that
-    was fitted to the training tiles sees them otherwise than held-out ones, and the limit for copies rests on those."""
+    """Everything that is compared; `notes` are sentences for the report. copy_extractor: as extractor, but never a
+    classifier: one that was fitted to the training tiles sees them otherwise than held-out ones, and the limit for
+    copies rests on those."""
     label: str
     extractor: features.Extractor
     copy_extractor: features.Extractor
@@ -86,7 +78,8 @@ def gather(folders: list[Path], data: Path, classify: Path | None = None, progre
         raise ValueError(f"{data} has no training tile labelled {label!r}, the class of {folders[0]}")
     for folder in folders:
         _refuse_leaks(folder, held, notes)
-    extractor, copy_extractor = (features.choose(path, str(devices.device())) for path in (_baseline(classify), None))
+    extractor, copy_extractor = (_watched(features.choose(path, str(devices.device())), progress)
+                                 for path in (_baseline(classify), None))
 
     def load(name, folder, rows):
         tiles = load_tiles(folder, rows, side, progress)
@@ -100,10 +93,23 @@ def gather(folders: list[Path], data: Path, classify: Path | None = None, progre
     of_class = [np.array([row["label"] == label for row in part.rows], bool) for part in (training, unseen)]
     order = np.sort(np.random.default_rng(0).permutation(len(unseen.rows))[:CALIBRATION])
     held_out = _subset(unseen, np.flatnonzero(of_class[1]), f"held-out real {label}") if of_class[1].any() else None
-    synthetic = [load(name, *pair) for name, *pair in zip(_names(folders), folders, synthetic_rows)]
-    return Material(label, extractor, copy_extractor, _subset(training, np.flatnonzero(of_class[0]), f"real {label}"), held_out,
-                    _subset(training, np.flatnonzero(~of_class[0]), "real, other class"), training,
+    synthetic = [load(name, *pair) for name, *pair in zip(names(folders), folders, synthetic_rows)]
+    return Material(label, extractor, copy_extractor, _subset(training, np.flatnonzero(of_class[0]), f"real {label}"),
+                    held_out, _subset(training, np.flatnonzero(~of_class[0]), "real, other class"), training,
                     _subset(unseen, order, "calibration"), synthetic, notes)
+
+
+def _watched(extractor, progress):
+    """The extractor, showing how far it is; the same batches, so the same numbers."""
+    def run(images_u8):
+        starts = progress(range(0, len(images_u8), STEP), desc=f"features ({extractor.name})", unit="batch")
+        return np.concatenate([extractor.run(images_u8[start:start + STEP]) for start in starts])
+    return replace(extractor, run=run) if progress else extractor
+
+
+def silent(items, **settings):
+    """In the place of cli.progress where nobody watches."""
+    return items
 
 
 def _one(what, found, folders):
@@ -113,9 +119,13 @@ def _one(what, found, folders):
     return next(iter(found))
 
 
-def _names(folders):
+def names(folders: list[Path]) -> list[str]:
+    """What the sets are called: the folders' names, with their parent's where two are alike; no unprintable signs, which
+    neither a figure nor a page can hold."""
+    folders = [Path(folder) for folder in folders]
     counts = Counter(folder.name for folder in folders)
-    return [folder.name if counts[folder.name] == 1 else f"{folder.parent.name}/{folder.name}" for folder in folders]
+    called = [folder.name if counts[folder.name] == 1 else f"{folder.parent.name}/{folder.name}" for folder in folders]
+    return ["".join(sign if sign.isprintable() else "?" for sign in name) for name in called]
 
 
 def _refuse_leaks(folder, held, notes):
@@ -152,7 +162,7 @@ def _first_of_each(images):
 
 # -------------------------------------------------------------------------------- fidelity
 
-def judge_fidelity(material: Material) -> dict:
+def judge_fidelity(material: Material, progress: Callable | None = None) -> dict:
     """One row a synthetic set and one for the held-out tiles, against `real`; `floor`: real tiles among themselves."""
     real = material.real
     n = min([len(part.rows) for part in material.synthetic] + [len(real.rows) // 2])
@@ -165,8 +175,9 @@ def judge_fidelity(material: Material) -> dict:
     floor = {"n": n, "distance": fidelity.mean_distance(real.features)[0], "vendi": varied(_some(real.features, n))}
     for name, statistic in (("kid", lambda x, y: fidelity.kid(x, y)[0]), ("fid", fidelity.fid)):
         floor[name], floor[f"{name}_sd"] = fidelity.real_vs_real(statistic, real.features, n)
-    rows = [_fidelity_row(part, real, material.other, n, varied) for part in
-            [*material.synthetic, *([material.held_out] if _enough(material.held_out) else [])]]
+    parts = [*material.synthetic, *([material.held_out] if _enough(material.held_out) else [])]
+    rows = [_fidelity_row(part, real, material.other, n, varied)
+            for part in (progress or silent)(parts, desc="fidelity", unit="set")]
     return {"floor": floor, "sets": rows, "real": len(real.rows)}
 
 
@@ -210,7 +221,7 @@ class Copies:
     is_copy: np.ndarray
 
 
-def judge_copies(material: Material) -> tuple[dict, dict[str, Copies]]:
+def judge_copies(material: Material, progress: Callable | None = None) -> tuple[dict, dict[str, Copies]]:
     """(results, set name -> Copies). ValueError if there are too few held-out tiles to set a limit."""
     if len(material.calibration.rows) < LEAST:
         raise ValueError(f"copies cannot be told: {len(material.calibration.rows)} held-out real tiles are too few to "
@@ -222,7 +233,7 @@ def judge_copies(material: Material) -> tuple[dict, dict[str, Copies]]:
                "calibration": len(material.calibration.rows), "training": len(material.training.rows),
                "features": material.copy_extractor.name}
     found = {}
-    for part in material.synthetic:
+    for part in (progress or silent)(material.synthetic, desc="copies", unit="set"):
         pixels, by_features = _search(part, material, vectors)
         relative = _relative((pixels, by_features))
         is_copy = memorisation.copies(relative, limits)
@@ -263,12 +274,13 @@ def _three_sample(part, material):
 
 # -------------------------------------------------------------------------------- attributes
 
-def judge_attributes(material: Material) -> dict:
+def judge_attributes(material: Material, progress: Callable | None = None) -> dict:
     """Counts of every measured value by set, and for the synthetic sets how asked and measured values go together."""
     sets = [material.real, *material.synthetic]
-    measured = {part.name: attributes.measure_all(list(part.images)) for part in sets}
+    measured = {part.name: attributes.measure_all(list(part.images))
+                for part in (progress or silent)(sets, desc="attributes", unit="set")}
     counts = {name: _counts([attributes.to_attributes(one)[0] for one in tiles]) for name, tiles in measured.items()}
-    asked = {part.name: [adherence(name, part.rows, measured[part.name]) for name in ADHERENCE]
+    asked = {part.name: [adherence.adherence(name, part.rows, measured[part.name]) for name in adherence.MEASURES]
              for part in material.synthetic if any(row.get("attributes") for row in part.rows)}
     return {"counts": counts, "adherence": asked, "color_norm": recorded_norm(material.real.folder)[0]}
 
@@ -281,22 +293,6 @@ def _counts(described):
                             for value in (one[name] if isinstance(one[name], list) else [one[name]]))
             counts[name] = [shown[value] for value in values]
     return counts
-
-
-def adherence(name: str, rows: list[dict], measured: list[dict]) -> dict:
-    """{attribute, measure, n, mean (Spearman), low, high}; tiles without the attribute or without a lesion left out."""
-    measure, words = ADHERENCE[name]
-    pairs = []
-    for row, found in zip(rows, measured):
-        value = (row.get("attributes") or {}).get(name)
-        if value is None or (name != "skin_tone" and found["confidence"].get("mask", 0) < attributes.SEEN) \
-                or (name == "shape" and value == "irregular"):
-            continue
-        order = len(value) if isinstance(value, list) else prompts.NAMES[name].index(value)
-        pairs.append((order, measure(found)))
-    result = fidelity.adherence(*np.array(pairs, float).reshape(-1, 2).T)
-    r, low, high = result or (None, None, None)
-    return {"attribute": name, "measure": words, "n": len(pairs), "mean": r, "low": low, "high": high}
 
 
 # -------------------------------------------------------------------------------- training

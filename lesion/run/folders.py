@@ -2,7 +2,14 @@
 
 Standard library only. Proven by tests/run/test_folders.py.
 """
+import contextlib
+import ctypes
 import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from lesion.run import files
@@ -61,6 +68,78 @@ def finished(pattern: str, holding: str = "lora.safetensors") -> list[Path]:
 def newest(pattern: str, holding: str = "lora.safetensors") -> Path | None:
     """The newest of `finished`, if there is one."""
     return next(iter(finished(pattern, holding)), None)
+
+
+def newest_file(*patterns: str) -> Path | None:
+    """The file changed last among those that match a pattern, relative to the working directory; None if there is none."""
+    found = {path for pattern in patterns for path in Path().glob(pattern) if path.is_file()}
+    return max(found, key=lambda path: (path.stat().st_mtime_ns, str(path)), default=None)
+
+
+@contextlib.contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder; on success it takes the place of `folder`, on failure it goes and `folder` stays as it was.
+
+    One rename where there was nothing, else an exchange of the two names in one step (renameat2(2)): killed at any moment,
+    the old folder stands there whole or the new one does. Where a system has no exchange, two renames, and the old folder
+    is `.NAME.old` between them; the next call puts it back. What killed runs left beside it is swept.
+    """
+    folder = Path(folder).resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    old = folder.parent / f".{folder.name}.old"
+    if old.exists() and not folder.exists():
+        os.rename(old, folder)
+    for left in folder.parent.iterdir():
+        if left == old or (left.name.startswith(f".{folder.name}.") and left.suffix == ".partial" and not _alive(left)):
+            shutil.rmtree(left, ignore_errors=True)
+    new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=f".{os.getpid()}.partial"))
+    try:
+        yield new
+        os.chmod(new, 0o777 & ~files._umask())
+        for path in sorted(new.rglob("*"), reverse=True):
+            _fsync(path)
+        _fsync(new)
+        if not folder.exists():
+            os.rename(new, folder)
+        elif not _exchange(new, folder):
+            os.rename(folder, old)
+            os.rename(new, folder)
+            shutil.rmtree(old)
+        _fsync(folder.parent)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _alive(left: Path) -> bool:
+    """Whether the process whose number stands before `.partial` still runs: its folder is not swept."""
+    number = left.stem.rpartition(".")[2]
+    if os.name != "posix" or not number.isdigit() or int(number) == os.getpid():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two names atomically; False where the system or the file system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0
+
+
+def _fsync(path: Path) -> None:
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def open_run(folder: Path, recipe: dict, resume: bool, free: tuple[str, ...] = ()) -> bool:

@@ -1,4 +1,4 @@
-"""Pictures as files: contact sheets, PNG with text chunks, denoising GIF.
+"""Pictures as files: contact sheets, PNG with text chunks, denoising GIF; the palette of every chart.
 
 Proven by tests/run/test_sheets.py.
 """
@@ -6,12 +6,15 @@ Proven by tests/run/test_sheets.py.
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageSequence, PngImagePlugin
 
 from lesion.run.files import atomic_path
 
 GAP, LINE = 6, 15
 PAPER, INK = (255, 255, 255), (60, 60, 60)
+BLUE, VERMILION, GREEN, ORANGE, SKY, PURPLE, BLACK = (  # Okabe & Ito: told apart by the colour-blind too
+    "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#000000")
+GREY = "#666666"
 
 
 def contact_sheet(images_u8: np.ndarray, columns: int = 8, titles: list[str] | None = None) -> Image.Image:
@@ -39,6 +42,15 @@ def as_array(image: Image.Image) -> np.ndarray:
 def open_images(paths: list[Path]) -> np.ndarray:
     """Pictures of one size as uint8 [N,H,W,3]."""
     return np.stack([as_array(Image.open(path)) for path in paths])
+
+
+def open_frames(path: Path) -> np.ndarray:
+    """The frames of a GIF, in order, as uint8 [N,H,W,3]. ValueError if it is no readable picture."""
+    try:
+        with Image.open(path) as picture:
+            return np.stack([as_array(frame) for frame in ImageSequence.Iterator(picture)])
+    except (OSError, SyntaxError, ValueError, EOFError):
+        raise ValueError(f"{path} is damaged: no readable picture; delete it, and draw it again") from None
 
 
 def stack(sheets: list[Image.Image], titles: list[str]) -> Image.Image:

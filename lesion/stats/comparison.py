@@ -20,18 +20,19 @@ NO_VALUE, TOO_FEW = "cannot be computed", "too few for a verdict"
 
 
 def analyse(runs: dict, contrasts: dict, resamples: int = inference.RESAMPLES, seed: int = 0,
-            primary: tuple[str, str] | None = None, everywhere: bool = False) -> dict:
+            primary: tuple[str, str] | None = None, everywhere: bool = False, progress=None) -> dict:
     """Figures of every arm and every contrast, as JSON-able numbers.
 
     runs: arm -> seed -> an object with labels [n] 0/1, scores [n], thresholds [n], patients [n] or None, tested on the
     same tiles throughout (`lesion.classify.predictions.read_runs`). contrasts: (first, second) -> meaning; those whose
     arms have a seed in common are made, over the seeds in common. primary: the contrast named beforehand, whose AUROC is
     tested as it is; all other tests are exploratory and corrected by Holm. everywhere: also give the intervals that do
-    not hold (`Metric.least`), as the simulation needs them that shows it.
+    not hold (`Metric.least`), for the simulation that shows it. progress: wraps the iterator over the arms, as tqdm does.
     """
     test = _Test(next(iter(next(iter(runs.values())).values())), resamples, seed, everywhere)
     drawn = {arm: {k: inference.bootstrap(test.labels, [run.scores], [run.thresholds], test.weights)
-                   for k, run in seeds.items()} for arm, seeds in runs.items()}
+                   for k, run in seeds.items()}
+             for arm, seeds in (progress(runs.items(), desc="bootstrap", unit="arm") if progress else runs.items())}
     pairs = [(pair, sorted(runs[pair[0]].keys() & runs[pair[1]].keys())) for pair in contrasts
              if pair[0] in runs and pair[1] in runs]
     rows = [_contrast(runs, drawn, pair, common, test) | {"meaning": contrasts[pair], "primary": pair == primary}

@@ -37,14 +37,14 @@ def loss_curve(metrics: Path, path: Path) -> None:
     width = max(1, len(loss) // 30)
     if len(loss) >= 2 * width:
         smooth = np.convolve(loss, np.ones(width) / width, mode="valid")
-        left.plot(steps[width - 1:], smooth, color="#0072b2", lw=1.6, label=f"training, mean of {width}")
+        left.plot(steps[width - 1:], smooth, color=sheets.BLUE, lw=1.6, label=f"training, mean of {width}")
     if checks:
-        left.plot([row["step"] for row in checks], [row["val_loss"] for row in checks], "o-", color="#d55e00", ms=3, lw=1.4,
+        left.plot([row["step"] for row in checks], [row["val_loss"] for row in checks], "o-", color=sheets.VERMILION, ms=3, lw=1.4,
                   label="held-out tiles, fixed noise")
     left.set(xlabel="step", ylabel="noise prediction error (MSE)", title="Loss")
     left.legend(frameon=False, fontsize=8)
     key, source, what = ("val_loss_q", checks, "held-out") if len(checks) > 1 else ("loss_q", train, "training")
-    for quartile, color in enumerate(("#0072b2", "#009e73", "#e69f00", "#cc79a7"), 1):
+    for quartile, color in enumerate((sheets.BLUE, sheets.GREEN, sheets.ORANGE, sheets.PURPLE), 1):
         points = [(row["step"], row[f"{key}{quartile}"]) for row in source if row.get(f"{key}{quartile}") is not None]
         if points:
             right.plot(*zip(*points), "o-" if what == "held-out" else "-", ms=2.5, lw=1.2, color=color,

@@ -1,10 +1,9 @@
-"""What is compared with what: sets, leaks, planted copies found and dropped, adherence, learning curves."""
+"""What is compared with what: sets, leaks, planted copies found and dropped, learning curves."""
 import numpy as np
 import picture_tiles
 import pytest
 
 from lesion.classify import network
-from lesion.describe.prompts import NAMES
 from lesion.report import sets
 from lesion.run import files
 
@@ -128,20 +127,6 @@ def test_exact_repetitions_do_not_hide_copies(material):
     """A training tile that stands there six times is searched once."""
     images = np.concatenate([material.real.images[:3], material.real.images[:1].repeat(5, 0)])
     assert sets._first_of_each(images).tolist() == [0, 1, 2]
-
-
-def test_adherence_pairs_asked_with_measured():
-    """Sizes asked and diameters measured in step give 1; tiles without the wish or without a lesion are left out."""
-    values = NAMES["size"]
-    rows = [{"attributes": {"size": values[i % 5]}} for i in range(30)] + [{"attributes": {}}]
-    measured = [{"diameter_mm": 2.0 + i % 5, "confidence": {"mask": 0.9 if i < 25 else 0.0}} for i in range(31)]
-    row = sets.adherence("size", rows, measured)
-    assert row["n"] == 25
-    assert row["mean"] == pytest.approx(1)
-    tones = [{"attributes": {"skin_tone": tone}} for tone in NAMES["skin_tone"]] * 3
-    light_to_dark = [{"ita": angle, "confidence": {}} for angle in (60, 50, 35, 20, 0, -50)] * 3
-    assert sets.adherence("skin_tone", tones, light_to_dark)["mean"] == pytest.approx(1)
-    assert sets.adherence("edge", tones, light_to_dark)["mean"] is None
 
 
 def test_learning_curves_find_the_checkpoint_of_each_set(material, tmp_path):
