@@ -18,7 +18,7 @@ class Metric:
     ceiling: float = 1.0          # it lies in 0 .. ceiling
     lower_is_better: bool = False
     rate_of: str = "malignant"    # which tiles it counts: its uncertainty is over the patients who have them
-    least: int | None = 10        # malignant tiles from which its interval and test hold (docs/PROTOCOL.md); None: never
+    least: int | None = 20        # malignant tiles from which its interval and test hold (docs/PROTOCOL.md); None: never
 
 
 METRICS = {
@@ -31,11 +31,11 @@ METRICS = {
     "specificity_chosen": Metric("specificity at the chosen threshold", "specificity at\nchosen threshold",
                                  rate_of="benign"),
     "precision_chosen": Metric("precision at the chosen threshold"),
-    "recall_spec90": Metric("recall at 90 % specificity", "recall at 90 %\nspecificity"),
-    "recall_spec95": Metric("recall at 95 % specificity"),
-    "pauc": Metric("pAUC (TPR ≥ 80 %)", ceiling=0.2),
+    "recall_spec90": Metric("recall at 90 % specificity", "recall at 90 %\nspecificity", least=50),
+    "recall_spec95": Metric("recall at 95 % specificity", least=50),
+    "pauc": Metric("pAUC (TPR ≥ 80 %)", ceiling=0.2, least=50),
     "brier": Metric("Brier score", lower_is_better=True),
-    "ece": Metric("ECE", lower_is_better=True),
+    "ece": Metric("ECE", lower_is_better=True, least=None),
 }
 # Where a figure is shown, in order: beside the published study's, in the further table, among the differences, and in
 # the picture and the sentences about them.

@@ -16,7 +16,8 @@ FEW = 10  # a rate over fewer tiles or patients is not shown
 PRIMARY_METRIC = "auroc"
 SUPPORTED, HARMFUL, UNCLEAR = "supported", "harmful", "not distinguishable"
 BETTER, WORSE = "better in this one run", "worse in this one run"
-NO_VALUE, TOO_FEW = "cannot be computed", "too few for a verdict"
+NO_VALUE, TOO_FEW = "cannot be computed", "no verdict"
+SHIFTED = "shifted threshold"
 
 
 def analyse(runs: dict, contrasts: dict, resamples: int = inference.RESAMPLES, seed: int = 0,
@@ -148,6 +149,21 @@ def _adjust(rows):
             for row in rows:
                 parts, tests = row.pop("parts"), 1 if row["primary"] else max(len(family), 1)
                 row["detectable_auroc"] = None if parts is None else inference.detectable(parts, ALPHA / tests)
+    for row in rows:
+        _call_shifts(row["metrics"])
+
+
+def _call_shifts(metrics):
+    """Recall gained for specificity, or the reverse, where the ranking is not distinguishable: neither better nor worse."""
+    if metrics["auroc"]["verdict"] != UNCLEAR:
+        return
+    better, worse = (SUPPORTED, BETTER), (HARMFUL, WORSE)
+    for suffix in ("50", "chosen"):
+        cells = [metrics[f"{name}_{suffix}"] for name in ("recall", "specificity")]
+        said = [cell["verdict"] for cell in cells]
+        if any(said[i] in better and said[1 - i] in worse for i in (0, 1)):
+            for cell in cells:
+                cell["verdict"] = SHIFTED
 
 
 def verdict(difference: float | None, p_holm: float | None, lower_is_better: bool = False, runs: int = 3) -> str:

@@ -29,9 +29,9 @@ REGIMES = {  # share of the variance that is a run's own noise on each tile; sta
 OWN_OF_ARM, OF_PATIENT = 0.1, 0.3  # shares of what an arm sees in a tile; of the patient, where one has several tiles
 SEPARATION, GAIN = 1.5, 0.4        # AUROC .856; the second arm's where a true difference is to be covered: .910
 SHIFT, THRESHOLD = 1.5, 0.3        # score = expit(logit - SHIFT); the threshold that stands for the chosen one
-BENIGN = {10: 200, 28: 280, 50: 300, 79: 400, 300: 600}  # benign tiles beside so many malignant ones
-AUROC_SIZES = ((10, 1), (28, 1), (50, 5), (79, 1), (79, 3), (79, 5), (300, 1), (300, 5))  # malignant tiles, a patient
-METRIC_SIZES = ((10, 1), (28, 1), (79, 1), (79, 5), (300, 1))
+BENIGN = {10: 200, 20: 250, 28: 280, 50: 300, 79: 400, 300: 600}  # benign tiles beside so many malignant ones
+AUROC_SIZES = ((10, 1), (20, 1), (28, 1), (50, 5), (79, 1), (79, 3), (79, 5), (300, 1), (300, 5))  # malignant tiles, a patient
+METRIC_SIZES = ((20, 1), (28, 1), (79, 1), (79, 5), (300, 1))
 RESAMPLES = 200  # of each bootstrap; the report takes 2,000
 
 
@@ -57,7 +57,7 @@ def grid(quick: bool = False) -> list[Cell]:
              if runs > 1 or regime == "tile noise"]
     cells += [Cell("subgroup", "both", patients * 40, 40, runs, 2000) for patients in (10, 30) for runs in (1, 3, 5)]
     cells += [Cell("readers", "crossed", count, 1, number, 1000) for count in (20, 40) for number in (3, 5, 8)]
-    cells += [Cell("metrics", regime, positives, tiles, runs, 500)
+    cells += [Cell("metrics", regime, positives, tiles, runs, 400)
               for positives, tiles in METRIC_SIZES for runs in (1, 3, 5) for regime in REGIMES
               if runs > 1 or regime == "tile noise"]
     return cells
