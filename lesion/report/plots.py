@@ -176,7 +176,8 @@ def calibration(arms: dict[str, list[dict]], columns: int = 3) -> Figure:
             axis.plot([left, 1], [left, 1], ":", color=GREY, linewidth=1)
             for row in rows:
                 x, y = max(row["mean_score"], left), max(row["observed"], floor)
-                axis.plot([x, x], [max(row["low"], floor), row["high"]], color=BLUE, linewidth=1.2)
+                if row["low"] is not None:
+                    axis.plot([x, x], [max(row["low"], floor), row["high"]], color=BLUE, linewidth=1.2)
                 axis.plot(x, y, "o", color=BLUE if row["malignant"] else "white", markeredgecolor=BLUE, markersize=5)
             axis.set(xscale="log", yscale="log", title=name, ylim=(floor * 0.8, 1.2), xlim=(left, 1.2))
             for line, low in ((axis.xaxis, left), (axis.yaxis, floor)):
