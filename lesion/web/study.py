@@ -54,8 +54,28 @@ def main(argv: list[str]) -> None:
     """Make or open the study, then serve it until ctrl-C. ValueError for what the folder or the flags do not allow."""
     args = parse(argv)
     from lesion.web import server, study_folder
-    if args.token is None and not args.no_serve and not server.is_loopback(args.host):
+    if args.no_serve:
+        _prepare(args)
+        return
+    if args.token is None and not server.is_loopback(args.host):
         server.create_app(__name__, None, args.host)  # refuses, before anything is made
+    with server.bind(args.host, args.port) as listener:
+        study, readers = _prepare(args)
+        app = create_app(args.folder, study, readers, args.token, args.host, args.name, args.contact)
+
+        def ready(url: str) -> None:
+            base = url.split("/organiser")[0]
+            for reader, entry in zip(readers, study["readers"], strict=True):
+                print(f"{reader.name}: {base}/r/{entry['link']}")
+            print(f"organiser: {url}", flush=True)
+        server.serve(app, listener, args.host, ready=ready, path="/organiser", threads=16)
+    study_folder.export(args.folder)
+    print(f"stopped; {args.folder / 'answers.csv'}: {sum(len(reader.answers) for reader in readers)} answers")
+
+
+def _prepare(args: Namespace) -> tuple:
+    """(study, readers), opened and told about; answers.csv is up to date."""
+    from lesion.web import study_folder
     study = _open(args)
     settings = study["settings"]
     print(f"{args.folder}: {settings['count']} real and {settings['count']} synthetic {settings['label']} tiles of "
@@ -71,18 +91,7 @@ def main(argv: list[str]) -> None:
             print(f"{reader.journal.path}, line {number}: skipped, {reason}")
     study_folder.export(args.folder)
     print(f"{args.folder / 'answers.csv'}: {sum(len(reader.answers) for reader in readers)} answers")
-    if args.no_serve:
-        return
-    app = create_app(args.folder, study, readers, args.token, args.host, args.name, args.contact)
-
-    def ready(url: str) -> None:
-        base = url.split("/organiser")[0]
-        for reader, entry in zip(readers, study["readers"], strict=True):
-            print(f"{reader.name}: {base}/r/{entry['link']}")
-        print(f"organiser: {url}", flush=True)
-    server.serve(app, args.host, args.port, ready=ready, path="/organiser", threads=16)
-    study_folder.export(args.folder)
-    print(f"stopped; {args.folder / 'answers.csv'}: {sum(len(reader.answers) for reader in readers)} answers")
+    return study, readers
 
 
 def _open(args: Namespace) -> dict:
@@ -230,12 +239,13 @@ def create_app(folder: Path, study: dict, readers: list[Reader], token: str | No
 
     from lesion.web import server, study_folder
     settings = study["settings"]
-    app = server.create_app(__name__, token or study["organiser_token"], host, names)
+    app = server.create_app(__name__, token or study["organiser_token"], host, names,
+                            study["organiser_token"])
     by_link = {entry["link"]: reader for entry, reader in zip(study["readers"], readers, strict=True)}
 
     def find(link: str) -> Reader:
         if link not in by_link:
-            abort(404, "no such link: use the one you were sent, in full")
+            server.refuse_link()
         return by_link[link]
 
     @app.get("/")
