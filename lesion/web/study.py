@@ -7,7 +7,10 @@ lesion.stats.readers judges the answers.
 Proven by tests/web/test_study.py and tests/browser/test_study_browser.py.
 """
 import math
+import re
+import shlex
 import statistics
+import sys
 import time
 from argparse import BooleanOptionalAction, HelpFormatter, Namespace
 from dataclasses import dataclass, field
@@ -16,6 +19,7 @@ from pathlib import Path
 from lesion.run import cli
 
 EXPECTED_S = 8  # a tile, for the announced duration
+HASTY_S = 1.0   # a median under this is no looking: the organiser's page says so
 
 
 def parse(argv: list[str]) -> Namespace:
@@ -112,14 +116,26 @@ def _open(args: Namespace) -> dict:
     for name, value in given.items():
         value = str(value.resolve()) if isinstance(value, Path) else value
         if value != study["settings"][name]:
-            raise ValueError(f"{args.folder} was made with --{name.replace('_', '-')} {study['settings'][name]}, not "
-                             f"{value}: leave the flag out to go on with it, or give a new folder")
+            raise ValueError(f"{args.folder} was made with {_flag(name, study['settings'][name])}, not {_flag(name, value)}: "
+                             "leave the flag out to go on with it, or give a new folder")
     have = len(study["readers"])
     if args.readers and args.readers < have:
         raise ValueError(f"{args.folder} has {have} readers, not {args.readers}: readers can be added, not taken away")
     if args.readers and args.readers > have:
         study_folder.add_readers(args.folder, study, args.readers)
     return study
+
+
+def _flag(name: str, value: object) -> str:
+    """A setting as one would type it."""
+    flag = name.replace("_", "-")
+    return f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}"
+
+
+def report_command(folder: Path) -> str:
+    """The command that puts a study into the report, as it works from any folder."""
+    script = Path(__file__).resolve().parents[2] / "evaluate.py"
+    return shlex.join([sys.executable, str(script) if script.is_file() else "evaluate.py", "--study", str(Path(folder).resolve())])
 
 
 def _print_power(study: dict) -> None:
@@ -184,7 +200,10 @@ def take_answer(reader: Reader, settings: dict, form: dict) -> str | None:
     from lesion.web import study_folder
     position = _whole(form, "position", 0, len(reader.order) - 1)
     rating, revision = _whole(form, "rating", 1, 6), _whole(form, "revision", 0, 10 ** 6)
-    malignant = {"yes": True, "no": False}.get(form.get("malignant"))
+    malignant = form.get("malignant")
+    if malignant not in ("yes", "no", "", None) or not isinstance(malignant, str | None):
+        raise ValueError(f"malignant {str(malignant)[:20]!r}: allowed are 'yes' and 'no'")
+    malignant = {"yes": True, "no": False}.get(malignant)
     if settings["question_malignancy"] and malignant is None:
         raise ValueError("malignant: allowed are 'yes' and 'no'; choose one before the answer")
     if not settings["question_malignancy"]:
@@ -212,10 +231,9 @@ def take_answer(reader: Reader, settings: dict, form: dict) -> str | None:
 
 
 def _whole(form: dict, name: str, low: int, high: int) -> int:
-    try:
-        value = int(str(form.get(name))[:9])
-    except ValueError:
-        value = None
+    given = form.get(name)
+    text = str(given) if type(given) in (int, str) else ""  # a form's fields are text, JSON's are numbers
+    value = int(text) if re.fullmatch("[0-9]{1,9}", text) else None
     if value is None or not low <= value <= high:
         raise ValueError(f"{name} {str(form.get(name))[:20]!r}: allowed are whole numbers from {low} to {high}")
     return value
@@ -224,8 +242,8 @@ def _whole(form: dict, name: str, low: int, high: int) -> int:
 def _seconds(text: object) -> float | None:
     """A measurement of the browser's: a number of at least 0, or None for anything else."""
     try:
-        value = float(text)
-    except (TypeError, ValueError):
+        value = math.nan if isinstance(text, bool) else float(text)
+    except (TypeError, ValueError, OverflowError):
         return None
     return round(value, 3) if math.isfinite(value) and 0 <= value < 1e6 else None
 
@@ -310,7 +328,7 @@ def create_app(folder: Path, study: dict, readers: list[Reader], token: str | No
     @app.get("/organiser")
     def organiser():
         return render_template("study_organiser.html", readers=_progress(study, readers), settings=settings,
-                               folder=folder.name)
+                               folder=Path(folder).resolve().name, command=report_command(folder))
 
     @app.get("/organiser/answers.csv")
     def answers():
@@ -331,6 +349,7 @@ def _progress(study: dict, readers: list[Reader]) -> list[dict]:
                       "state": "finished" if len(answers) == len(reader.order) else "reading" if answers else
                                "agreed" if reader.consented else "not started",
                       "seconds": round(statistics.median(times), 1) if times else None,
+                      "hasty": len(times) >= 5 and statistics.median(times) < HASTY_S,
                       "last": max((answer["time"] for answer in answers), default="")[:16].replace("T", " "),
                       "bad": len(reader.journal.bad)})
     return table

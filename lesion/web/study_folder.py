@@ -10,13 +10,13 @@ in colour and resized by lesion.tiles.decode; saved once as JPEG at quality 75 w
 tiles come and hides that synthetic ones never were JPEG; then stored as PNG without compression or metadata, so that
 every file has the same length and header. Proven by tests/web/test_study_folder.py.
 """
-import csv
 import hashlib
 import hmac
 import io
 import json
 import math
 import os
+import re
 import secrets
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,8 +26,10 @@ import numpy as np
 from lesion import __version__
 from lesion.run import files
 from lesion.web.journal import read_journal
+from lesion.web.tables import write_table
 
 FORMAT = 1
+TILE, READER, LINK = r"[0-9a-f]{16}", r"reader-[0-9]{1,4}", r"[A-Za-z0-9_-]{16,64}"  # ids that become paths and addresses
 JPEG = {"quality": 75, "subsampling": 2}  # ISIC 2024's own tables
 SPLITS = ("held-out", "test", "val", "train", "all")
 COLUMNS = ("reader", "position", "tile", "class", "file_name", "rating", "malignant", "client_s", "server_s", "changes",
@@ -46,15 +48,15 @@ def create(folder: Path, real: Path, synthetic: Path, count: int = 20, label: st
     holds something else, a set has too few readable tiles, or the synthetic tiles differ in size and none is given.
     """
     folder, real, synthetic = Path(folder), Path(real), Path(synthetic)
-    if folder.exists() and any(path.name != "tiles" for path in folder.iterdir()):
-        raise ValueError(f"{folder} holds other things and no study.json: give a new folder")
+    _check_unused(folder)
     seed = secrets.randbelow(2 ** 32) if seed is None else seed
     key = secrets.token_bytes(32)
-    manifests = {"real": files.read_manifest(real), "synthetic": files.read_manifest(synthetic)}
+    manifests = {"real": _manifest(real), "synthetic": _manifest(synthetic)}
     candidates = {"real": _spread(_real_rows(manifests["real"], real, label, split, count), seed),
                   "synthetic": _spread(_synthetic_rows(manifests["synthetic"], synthetic, label, count), seed)}
     if resolution is None:
         resolution = _common_size(synthetic, candidates["synthetic"][:count])
+    _sweep(folder)
     tiles, skipped = [], []
     for name, source in (("real", real), ("synthetic", synthetic)):
         chosen, unreadable = _encode(source, candidates[name], count, resolution)
@@ -77,6 +79,34 @@ def create(folder: Path, real: Path, synthetic: Path, count: int = 20, label: st
              "tiles": tiles, "skipped": skipped, "provenance": _provenance(real, synthetic, manifests["synthetic"])}
     _write(folder, study)
     return study
+
+
+def _manifest(source: Path) -> list[dict]:
+    """The rows of a source; ValueError for a picture that leads out of it, which readers would be shown."""
+    rows, root = files.read_manifest(source), source.resolve()
+    for row in rows:
+        if not (source / row["file_name"]).resolve().is_relative_to(root):
+            raise ValueError(f"{source / row['file_name']} leads out of {source}: a study takes pictures of that folder only")
+    return rows
+
+
+def _is_leftover(path: Path) -> bool:
+    """What a creation that was killed can leave beside `tiles`: a file that lesion.run.files had not renamed yet."""
+    return path.name.startswith(".") and path.name.endswith(".tmp") and path.is_file()
+
+
+def _check_unused(folder: Path) -> None:
+    if folder.exists() and any(path.name != "tiles" and not _is_leftover(path) for path in folder.iterdir()):
+        raise ValueError(f"{folder} holds other things and no study.json: give a new folder")
+    pictures = (folder / "tiles").iterdir() if (folder / "tiles").is_dir() else ()
+    if foreign := next((path for path in pictures if not re.fullmatch(TILE + r"\.png", path.name) and not _is_leftover(path)), None):
+        raise ValueError(f"{foreign} is no tile of a study: give a new folder")
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a killed creation left: its tiles have ids under a key that is lost."""
+    for path in [*folder.glob(".*.tmp"), *folder.glob("tiles/*")]:
+        path.unlink()
 
 
 def _new_reader(number: int) -> dict:
@@ -192,6 +222,9 @@ def load(folder: Path) -> dict:
         raise ValueError(f"{path} has format {format_number!r}, this program reads {FORMAT}")
     if seal != _seal(study):
         raise ValueError(f"{path} was edited: a study's settings, tiles and readers stay; restore it from a copy")
+    if not all(re.fullmatch(TILE, str(tile["id"])) for tile in study["tiles"]) or not all(
+            re.fullmatch(READER, str(reader["name"])) and re.fullmatch(LINK, str(reader["link"])) for reader in study["readers"]):
+        raise ValueError(f"{path} was edited: its ids are not those of a study; restore it from a copy")
     side = study["settings"]["resolution"]
     for tile in study["tiles"]:
         file = folder / "tiles" / f"{tile['id']}.png"
@@ -296,12 +329,8 @@ def read_answers(folder: Path) -> tuple[dict, list[dict], list[str]]:
 
 
 def answers_csv(folder: Path) -> str:
-    """The answers as CSV text, a header and a line an answer."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(read_answers(folder)[1])
-    return text.getvalue()
+    """The answers as CSV text, a header and a line an answer; no cell is a formula (lesion.web.tables)."""
+    return write_table(COLUMNS, read_answers(folder)[1])
 
 
 def export(folder: Path) -> None:
