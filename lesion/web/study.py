@@ -309,7 +309,7 @@ def create_app(folder: Path, study: dict, readers: list[Reader], token: str | No
             refusal = take_answer(reader, settings, form)
             state = state_of(reader, settings)
         if state["done"]:
-            study_folder.export(folder)
+            study_folder.export(folder, study)
         if request.is_json:
             return state | {"error": refusal}, 409 if refusal else 200
         return redirect(url_for("page", link=link), 303)
@@ -332,7 +332,7 @@ def create_app(folder: Path, study: dict, readers: list[Reader], token: str | No
 
     @app.get("/organiser/answers.csv")
     def answers():
-        return Response(study_folder.answers_csv(folder), mimetype="text/csv",
+        return Response(study_folder.answers_csv(folder, study), mimetype="text/csv",
                         headers={"Content-Disposition": "attachment; filename=answers.csv"})
 
     return app

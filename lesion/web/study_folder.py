@@ -8,11 +8,10 @@
 Nothing about a served tile may tell its class but what it shows. Both classes take the same road: decoded, normalised
 in colour and resized by lesion.tiles.decode; saved once as JPEG at quality 75 with halved chroma, which is how ISIC's own
 tiles come and hides that synthetic ones never were JPEG; then stored as PNG without compression or metadata, so that
-every file has the same length and header. Proven by tests/web/test_study_folder.py.
+every file has the same length and header (lesion.web.study_tiles). Proven by tests/web/test_study_folder.py.
 """
 import hashlib
 import hmac
-import io
 import json
 import math
 import os
@@ -25,12 +24,12 @@ import numpy as np
 
 from lesion import __version__
 from lesion.run import files
+from lesion.web import study_tiles
 from lesion.web.journal import read_journal
 from lesion.web.tables import write_table
 
 FORMAT = 1
 TILE, READER, LINK = r"[0-9a-f]{16}", r"reader-[0-9]{1,4}", r"[A-Za-z0-9_-]{16,64}"  # ids that become paths and addresses
-JPEG = {"quality": 75, "subsampling": 2}  # ISIC 2024's own tables
 SPLITS = ("held-out", "test", "val", "train", "all")
 COLUMNS = ("reader", "position", "tile", "class", "file_name", "rating", "malignant", "client_s", "server_s", "changes",
            "by", "time")
@@ -55,11 +54,11 @@ def create(folder: Path, real: Path, synthetic: Path, count: int = 20, label: st
     candidates = {"real": _spread(_real_rows(manifests["real"], real, label, split, count), seed),
                   "synthetic": _spread(_synthetic_rows(manifests["synthetic"], synthetic, label, count), seed)}
     if resolution is None:
-        resolution = _common_size(synthetic, candidates["synthetic"][:count])
+        resolution = study_tiles.common_size(synthetic, candidates["synthetic"][:count])
     _sweep(folder)
     tiles, skipped = [], []
     for name, source in (("real", real), ("synthetic", synthetic)):
-        chosen, unreadable = _encode(source, candidates[name], count, resolution)
+        chosen, unreadable = study_tiles.encode_rows(source, candidates[name], count, resolution)
         if len(chosen) < count:
             raise ValueError(f"{source}: only {len(chosen)} of the {count} {label} tiles asked for are readable "
                              f"({unreadable[0]}): give a smaller --count, or more tiles")
@@ -145,60 +144,11 @@ def _spread(rows: list[dict], seed: int) -> list[dict]:
     return [rows[index] for _, _, index in sorted(turns)]
 
 
-def _common_size(source: Path, rows: list[dict]) -> int:
-    from PIL import Image
-    sizes = set()
-    for row in rows:
-        try:
-            with Image.open(source / row["file_name"]) as picture:
-                sizes.add(picture.size)
-        except OSError:
-            continue  # _encode names it
-    if len(sizes) != 1 or len(set(next(iter(sizes)))) != 1:
-        listed = ", ".join(f"{width}x{height}" for width, height in sorted(sizes)) or "unreadable"
-        raise ValueError(f"{source}: the synthetic tiles are {listed} pixels, not all of one square size: "
-                         "give --resolution, or a folder drawn at one size")
-    return next(iter(sizes))[0]
-
-
-def _encode(source: Path, rows: list[dict], count: int, resolution: int):
-    """(row, native side, PNG bytes) of the first `count` readable rows, and "name: reason" of those passed over."""
-    from PIL import Image
-
-    from lesion.tiles.decode import load_tiles
-    chosen, unreadable, start = [], [], 0
-    while len(chosen) < count and start < len(rows):
-        batch = rows[start:start + count - len(chosen)]
-        start += len(batch)
-        try:
-            tiles = load_tiles(source, batch, resolution)
-        except ValueError as error:  # none of the batch can be read
-            unreadable.append(str(error))
-            continue
-        unreadable += tiles.unreadable
-        for row, image in zip(tiles.rows, tiles.images_u8, strict=True):
-            with Image.open(source / row["file_name"]) as picture:
-                chosen.append((row, min(picture.size), encode(image)))
-    return chosen, unreadable
-
-
-def encode(image: np.ndarray) -> bytes:
-    """`image` [R,R,3] uint8 once through JPEG, then as PNG of a length that depends on R alone."""
-    from PIL import Image
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image)).save(buffer, "JPEG", **JPEG)
-    with Image.open(buffer) as picture:
-        pixels = np.asarray(picture.convert("RGB"))
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=0)
-    return buffer.getvalue()
-
-
 def _provenance(real, synthetic, synthetic_rows):
     def manifest(source):
         description = source / "dataset.json"
         return {"manifest_sha256": files.sha256_file(source / files.MANIFEST),
-                "dataset": json.loads(description.read_text()) if description.is_file() else None}
+                "dataset": json.loads(description.read_bytes()) if description.is_file() else None}
     loras = {json.dumps(row.get("lora_sha256")) for row in synthetic_rows}
     bases = {json.dumps(row.get("base_sha256")) for row in synthetic_rows}
     return {"real": manifest(real), "synthetic": manifest(synthetic), "lora_sha256": sorted(loras),
@@ -232,19 +182,8 @@ def load(folder: Path) -> dict:
             raise ValueError(f"{file} is missing: restore it from a copy")
         data = file.read_bytes()
         if hashlib.sha256(data).hexdigest() != tile["sha256"]:
-            raise ValueError(f"{file} {_what_changed(data, side)}: restore it from a copy")
+            raise ValueError(f"{file} {study_tiles.what_changed(data, side)}: restore it from a copy")
     return study
-
-
-def _what_changed(data: bytes, side: int) -> str:
-    from PIL import Image
-    try:
-        with Image.open(io.BytesIO(data)) as picture:
-            if picture.size != (side, side):
-                return f"is {picture.size[0]}x{picture.size[1]} pixels, the other tiles {side}x{side}"
-    except OSError:
-        return "is not a picture any more"
-    return "is not the tile the study was made with (its hash differs)"
 
 
 def _seal(study: dict) -> str:
@@ -310,9 +249,10 @@ def latest(rows: list[dict]) -> dict[str, dict]:
     return answers
 
 
-def read_answers(folder: Path) -> tuple[dict, list[dict], list[str]]:
-    """The study, its answers as rows with the keys COLUMNS, and one line for every journal line that was skipped."""
-    study = load(folder)
+def read_answers(folder: Path, study: dict | None = None) -> tuple[dict, list[dict], list[str]]:
+    """The study, its answers as rows with the keys COLUMNS, and one line for every journal line that was skipped.
+    study: what `load` gave before, so that a server need not check every tile again for each reader who finishes."""
+    study = study or load(folder)
     by_id = {tile["id"]: tile for tile in study["tiles"]}
     table, problems = [], []
     for number, reader in enumerate(study["readers"]):
@@ -328,14 +268,14 @@ def read_answers(folder: Path) -> tuple[dict, list[dict], list[str]]:
     return study, table, problems
 
 
-def answers_csv(folder: Path) -> str:
+def answers_csv(folder: Path, study: dict | None = None) -> str:
     """The answers as CSV text, a header and a line an answer; no cell is a formula (lesion.web.tables)."""
-    return write_table(COLUMNS, read_answers(folder)[1])
+    return write_table(COLUMNS, read_answers(folder, study)[1])
 
 
-def export(folder: Path) -> None:
+def export(folder: Path, study: dict | None = None) -> None:
     """Rewrite DIR/answers.csv from the journals, atomically."""
-    files.write_bytes(Path(folder) / "answers.csv", answers_csv(folder).encode())
+    files.write_bytes(Path(folder) / "answers.csv", answers_csv(folder, study).encode())
 
 
 def as_arrays(study: dict, table: list[dict]) -> dict:

@@ -21,7 +21,7 @@ from sklearn.preprocessing import StandardScaler
 from study_sets import real_set, synthetic_set
 
 from lesion.run import files
-from lesion.web import study_folder
+from lesion.web import study_folder, study_tiles
 from lesion.web.journal import Journal
 
 
@@ -137,7 +137,7 @@ def test_jpeg_history_is_hidden(shared):
             picture = Image.open(buffer).convert("RGB")
         image = np.asarray(picture)
         before.append(history_features(image))
-        with Image.open(io.BytesIO(study_folder.encode(image))) as served:
+        with Image.open(io.BytesIO(study_tiles.encode(image))) as served:
             after.append(history_features(np.asarray(served)))
     detector = make_pipeline(StandardScaler(), LogisticRegression(C=0.05, max_iter=500))
     folds = StratifiedKFold(5, shuffle=True, random_state=0)
@@ -167,7 +167,7 @@ def test_a_creation_killed_at_any_rename_starts_again(sets, tmp_path, kill_at):
     code = f"""
 import os, sys
 from pathlib import Path
-from lesion.web import study_folder
+from lesion.web import study_folder, study_tiles
 real, count = os.replace, 0
 def replace(*paths):
     global count

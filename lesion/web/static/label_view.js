@@ -2,8 +2,8 @@
 "use strict";
 
 const FIELD_MM = 15;
-const SIDE_BY_SIDE = 0.6; // two pictures beside each other must keep this much of one picture's side
-const view = { zoomed: false, rings: false, measuring: false, pixels: false, focus: [0.5, 0.5], line: null, kind: "normalised",
+const SIDE_BY_SIDE = 0.8; // two pictures beside each other must keep this much of one picture's side
+const view = { zoomed: false, rings: false, measuring: false, pixels: false, focus: [0.5, 0.5], line: null, kind: "original",
   both: false, centre: [0.5, 0.5], centres: new Map() };
 const byId = (id) => document.getElementById(id);
 const kinds = () => !state.normalised ? ["original"] : view.both ? ["normalised", "original"] : [view.kind];
@@ -40,7 +40,8 @@ function share(box, event) { // the inverse: where on the tile a pointer is
 
 function layOut() { // as large as the room the style sheet gives to the pictures
   const room = byId("pictures").querySelector(".views");
-  const style = getComputedStyle(room), extra = 32 + (state.normalised ? 24 : 0); // the ruler below, and the caption
+  const style = getComputedStyle(room), rem = parseFloat(getComputedStyle(document.documentElement).fontSize);
+  const extra = rem * (state.normalised ? 3.5 : 2); // the ruler below, and the caption
   const wide = room.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
   const high = room.clientHeight - parseFloat(style.paddingTop) - parseFloat(style.paddingBottom) - extra;
   const one = Math.max(96, Math.min(wide, high)), two = Math.max(96, Math.min((wide - 20) / 2, high));
@@ -71,9 +72,7 @@ function layOut() { // as large as the room the style sheet gives to the picture
   press01("rings", view.rings);
   press01("measure", view.measuring);
   press01("pixels", view.pixels);
-  const other = document.querySelector("[data-do=kind]");
-  other.hidden = !state.normalised || view.both;
-  other.querySelector("span").textContent = view.kind === "normalised" ? "original" : "normalised";
+  document.querySelector("[data-do=kind]").hidden = !state.normalised || view.both;
   document.querySelector("[data-do=plain]").disabled = byId("brightness").value === "100" && byId("contrast").value === "100";
 }
 
@@ -118,7 +117,7 @@ function drawLine(box) {
 }
 
 function drawRuler(ruler, span, side) { // a tick a millimetre
-  const key = `${span} ${side < 200}`;
+  const key = `${span} ${side < 200}`; // a small one names 5 and 15 mm only
   if (ruler.dataset.key === key) return;
   ruler.dataset.key = key;
   const parts = [];
@@ -126,7 +125,7 @@ function drawRuler(ruler, span, side) { // a tick a millimetre
     const tick = node("i", "", mm % 5 === 0 ? "long" : "");
     tick.style.left = `${100 * mm / span}%`;
     parts.push(tick);
-    if (mm % 5 === 0) {
+    if (mm % 5 === 0 && !(side < 200 && mm % 10 === 0 && mm)) {
       const number = node("span", mm === span ? `${mm} mm` : String(mm));
       number.style.left = `${100 * mm / span}%`;
       parts.push(number);
