@@ -13,6 +13,7 @@ COMMANDS = {
     "label": ("lesion.web.label", "describe tiles in the browser: one key an answer"),
     "study": ("lesion.web.study", "ask readers which tiles are real"),
     "pretrain": ("lesion.mini.pretrain", "train the built-in base model"),
+    "convert": ("lesion.sd.convert", "make safetensors of a pickled checkpoint (.ckpt, .bin, .pt), running nothing in it"),
     "bench": ("lesion.bench.measure", "measure training and generation"),
 }
 
