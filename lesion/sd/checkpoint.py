@@ -52,7 +52,7 @@ def load(path_or_hub_id: str | Path, device: str | torch.device = "cpu", dtype: 
     """
     path = Path(path_or_hub_id)
     if not path.exists() and hub.looks_like_id(str(path_or_hub_id)):
-        path = hub.fetch(str(path_or_hub_id), hub.of_checkpoint, _is_whole)
+        path = hub.fetch(str(path_or_hub_id), hub.of_checkpoint, _is_whole, "unet/config.json")
     if not path.exists():
         raise ValueError(f"base model {path_or_hub_id} not found: give a folder, a .safetensors file or a hub id (owner/name)")
     sd = _from_folder(path, vae is None) if path.is_dir() else _from_single_file(path, vae is None)
@@ -60,8 +60,8 @@ def load(path_or_hub_id: str | Path, device: str | torch.device = "cpu", dtype: 
         sd.vae, more = load_vae(vae)
         sd.files += more
     if tokenizer is None and sd.tokenizer is None:
-        tokenizer = hub.fetch(hub.CLIP_HUB_ID, lambda _: ["vocab.json", "merges.txt"], _has_vocabulary, "give --tokenizer DIR (vocab.json and "
-                              "merges.txt)")
+        tokenizer = hub.fetch(hub.CLIP_HUB_ID, lambda _: ["vocab.json", "merges.txt"], _has_vocabulary, "vocab.json",
+                              "give --tokenizer DIR (vocab.json and merges.txt)")
     for network, kind in ((sd.unet, dtype), (sd.text_encoder, dtype), (sd.vae, torch.float32)):
         network.to(device=device, dtype=kind).eval().requires_grad_(False)
     vocabulary.check_vocabulary(Path(tokenizer or sd.tokenizer), sd.text_encoder.config.vocab_size)
@@ -105,8 +105,7 @@ def _from_folder(folder: Path, with_vae: bool) -> StableDiffusion:
             config = read_config(configs.read_object(folder / part / "config.json"), f"{folder}: {part}")
         except KeyError as error:
             raise ValueError(f"{folder}: {part}/config.json does not describe Stable Diffusion 1.x (KeyError: {error})") from None
-        with torch.device("meta"):
-            made[part] = kind(config)
+        made[part] = weights.skeleton(kind, config)
     _check_context(folder, made["unet"], made["text_encoder"])
     for part in parts:
         found = weights.find(folder / part, hub.COMPONENTS[part])
@@ -155,10 +154,9 @@ def _from_single_file(file: Path, with_vae: bool) -> StableDiffusion:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     configs.check_unet(unet_config, str(file))
-    with torch.device("meta"):
-        networks = {"unet": UNet(unet_config), "text": CLIPTextEncoder(text_config)}
-        if with_vae:
-            networks["vae"] = VAE(replace(vae_config, scaling_factor=latent_scale or vae_config.scaling_factor))
+    networks = {"unet": weights.skeleton(UNet, unet_config), "text": weights.skeleton(CLIPTextEncoder, text_config)}
+    if with_vae:
+        networks["vae"] = weights.skeleton(VAE, replace(vae_config, scaling_factor=latent_scale or vae_config.scaling_factor))
     _check_context(file, networks["unet"], networks["text"])
     maps = {"unet": names.ldm_unet_keys(networks["unet"].state_dict(), unet_config), "text": names.ldm_text_keys(
         networks["text"].state_dict(), state)}
@@ -209,7 +207,7 @@ def load_vae(path_or_hub_id: str | Path) -> tuple[VAE, list[Path]]:
     """
     path = Path(path_or_hub_id)
     if not path.exists() and hub.looks_like_id(str(path_or_hub_id)):
-        path = hub.fetch(str(path_or_hub_id), lambda all_names: ["config.json", *hub.of_weights(all_names, "")], _is_vae,
+        path = hub.fetch(str(path_or_hub_id), lambda all_names: ["config.json", *hub.of_weights(all_names, "")], _is_vae, "config.json",
                          "give a folder or a .safetensors file with --vae")
     if path.is_dir():
         path = path if (path / "config.json").is_file() else path / "vae"
@@ -235,8 +233,7 @@ def load_vae(path_or_hub_id: str | Path) -> tuple[VAE, list[Path]]:
             config = names.vae_sizes({key: tuple(value.shape) for key, value in state.items()}, "")
     except (ValueError, KeyError) as error:
         raise ValueError(f"{files[0]} is not a VAE of Stable Diffusion 1.x: {error}") from None
-    with torch.device("meta"):
-        vae = VAE(config)
+    vae = weights.skeleton(VAE, config)
     original = "encoder.down.0.block.0.conv1.weight" in state
     theirs = {ours: key.removeprefix(names.VAE) for ours, key in names.ldm_vae_keys(vae.state_dict(), config).items()} if original else {}
     weights.assign(vae, state, files[0], theirs)

@@ -89,12 +89,17 @@ def child(file: str, out: str) -> int:
 def read(file: Path) -> object:
     """The pickled object, read with weights_only; every class that is not torch's is an empty one. ValueError for what could act."""
     import torch
-    stood_in = []
+    stood_in, lists = {}, set()
     while True:
         try:
-            with torch.serialization.safe_globals(stood_in):
+            with torch.serialization.safe_globals([(kind, name) for name, kind in stood_in.items()]):
                 return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
+            appended = re.search(r"Can only append to lists, but got <class '[\w.]*\.(\w+)'>", str(error))
+            if appended and appended[1] not in lists:  # a list's class: stood in for by one
+                lists.add(appended[1])
+                stood_in = {name: _stand_in(name, lists) for name in stood_in}
+                continue
             match = re.search(r"GLOBAL (\S+) was not an allowed global|unsupported GLOBAL (\S+) whose module", str(error))
             if match is None:
                 raise ValueError(f"it is damaged, or no checkpoint that torch can read ({_last(error)})") from None
@@ -102,7 +107,12 @@ def read(file: Path) -> object:
             name = name if "." in name else f"builtins.{name}"
             if ATTACKS.fullmatch(name) or match[2] or len(stood_in) > MOST_CLASSES:
                 raise ValueError(f"it names {name}, which could act when opened and has no place among weights: do not trust the file") from None
-            stood_in.append((type(name.rpartition(".")[2], (Empty,), {}), name))
+            stood_in[name] = _stand_in(name, lists)
+
+
+def _stand_in(name: str, lists: set[str]) -> type:
+    short = name.rpartition(".")[2]
+    return type(short, (Empty, list) if short in lists else (Empty,), {})
 
 
 def _last(error: Exception) -> str:
@@ -114,22 +124,13 @@ class Empty:
     """Stands in for a pickled class: takes every argument and every state, and does nothing."""
 
     def __new__(cls, *_, **__):
-        return object.__new__(cls)
+        return super().__new__(cls)
 
     def __init__(self, *_, **__):
         pass
 
     def __setstate__(self, state):
         pass
-
-    def __setitem__(self, key, value):
-        pass
-
-    def append(self, value):
-        """Nothing: a pickled list's class is stood in for as well."""
-
-    def extend(self, values):
-        """Nothing, likewise."""
 
 
 def tensors_of(loaded: object) -> tuple[dict, list[str]]:

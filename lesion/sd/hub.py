@@ -45,15 +45,15 @@ def of_weights(names: list[str], part: str) -> list[str]:
     raise ValueError(f"it has no {inside}{stem}.safetensors")
 
 
-def fetch(hub_id: str, choose: Callable[[list[str]], list[str]], complete: Callable[[Path], bool],
+def fetch(hub_id: str, choose: Callable[[list[str]], list[str]], complete: Callable[[Path], bool], config: str,
           otherwise: str = "give a folder or a .safetensors file with --base") -> Path:
     """Folder of the repository with the files that `choose` picks of all its names; a `complete` cache needs no network.
 
-    Only what is missing is fetched, and a dropped connection is resumed. ValueError, one line: not reachable, not there, not usable.
+    config: a file that every such repository has, by which its cache is found. Only what is missing is fetched, and a dropped connection is resumed. ValueError, one line: not reachable, not there, not usable.
     """
     from huggingface_hub import HfApi, snapshot_download
     try:
-        cached = _cached(hub_id)
+        cached = _cached(hub_id, config)
         if cached is not None and complete(cached):
             return cached
         names = [file.rfilename for file in HfApi().model_info(hub_id, revision="main").siblings or []]
@@ -74,10 +74,9 @@ def _unreachable(hub_id: str, error: Exception, otherwise: str) -> ValueError:
     return ValueError(f"{hub_id} could not be fetched from the hub ({reason}); {otherwise}")
 
 
-def _cached(hub_id: str) -> Path | None:
+def _cached(hub_id: str, config: str) -> Path | None:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
     try:
-        return Path(snapshot_download(hub_id, local_files_only=True))
-    except LocalEntryNotFoundError:
+        return Path(snapshot_download(hub_id, allow_patterns=[config], local_files_only=True))
+    except Exception:  # not there, or not in whole: by the library's version one error or another; it is then fetched
         return None

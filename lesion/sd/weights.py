@@ -3,11 +3,13 @@
 Proven by tests/sd/test_checkpoint.py.
 """
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lesion.sd import configs, names
 
@@ -71,6 +73,22 @@ def read_all(files: list[Path]) -> tuple[dict[str, Tensor], dict[str, str]]:
         state |= tensors
         metadata |= more
     return state, metadata
+
+
+class WithoutInitialisation(TorchFunctionMode):
+    """Leaves out torch.nn.init's functions, which would be a third of the time that a network on the meta device takes."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+def skeleton(kind: Callable, config: object) -> nn.Module:
+    """kind(config) on the meta device: shapes without memory, for `assign`."""
+    with torch.device("meta"), WithoutInitialisation():
+        return kind(config)
 
 
 def assign(network: nn.Module, state: dict[str, Tensor], file: Path, theirs: Mapping[str, str]) -> None:

@@ -72,7 +72,7 @@ def test_every_number_of_steps(name, mean, slack):
         assert abs(deviation - STD) < slack / steps + 0.002, steps
         if steps >= 20:
             assert abs(got - mean) < 0.012, steps
-            assert before is None or abs(deviation - before) < 0.0035, steps
+            assert before is None or abs(deviation - before) < 0.1 / steps + 0.0015, steps
             before = deviation
 
 
