@@ -1,4 +1,5 @@
-"""The names by which LoRA files call a module: kohya's, diffusers', peft's, LDM's (the original checkpoint's) and ComfyUI's.
+"""The names by which LoRA files call a module: kohya's, diffusers', peft's, LDM's (the original checkpoint's) and
+ComfyUI's.
 
 Proven by tests/lora/test_naming.py.
 """
@@ -9,14 +10,41 @@ from torch import nn
 from lesion.sd import names
 
 ROLES = {  # the end of a tensor's name -> what it is to its module
-    "lora_down.weight": "down", "lora_up.weight": "up", "lora_mid.weight": "mid", "alpha": "alpha",
-    "lora_A.weight": "down", "lora_B.weight": "up", "lora.down.weight": "down", "lora.up.weight": "up",
-    "lora_linear_layer.down.weight": "down", "lora_linear_layer.up.weight": "up",
-    "dora_scale": "dora_scale", "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude",
-    **{name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "lokr_w1", "lokr_w1_a",
-                               "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")},
+    "lora_down.weight": "down",
+    "lora_up.weight": "up",
+    "lora_mid.weight": "mid",
+    "alpha": "alpha",
+    "lora_A.weight": "down",
+    "lora_B.weight": "up",
+    "lora.down.weight": "down",
+    "lora.up.weight": "up",
+    "lora_linear_layer.down.weight": "down",
+    "lora_linear_layer.up.weight": "up",
+    "dora_scale": "dora_scale",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    **{
+        name: name
+        for name in (
+            "hada_w1_a",
+            "hada_w1_b",
+            "hada_w2_a",
+            "hada_w2_b",
+            "hada_t1",
+            "hada_t2",
+            "lokr_w1",
+            "lokr_w1_a",
+            "lokr_w1_b",
+            "lokr_w2",
+            "lokr_w2_a",
+            "lokr_w2_b",
+            "lokr_t2",
+        )
+    },
 }
-PEFT = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)\.[\w-]+(\.weight)?")  # with the adapter's name before `.weight`
+PEFT = re.compile(
+    r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)\.[\w-]+(\.weight)?"
+)  # with the adapter's name before `.weight`
 PROCESSOR = re.compile(r"(.+)\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")  # diffusers before 0.17
 OTHER_KINDS = {  # the end of a tensor's name -> the kind of adapter, named in the refusal
     "norm layers (LyCORIS' train_norm)": r"\.(w_norm|b_norm)$",
@@ -30,7 +58,9 @@ OTHER_KINDS = {  # the end of a tensor's name -> the kind of adapter, named in t
     "VeRA": r"(vera_lambda_[bd]|vera_[AB])(\.\w+)?$",
     "the scalar of LyCORIS' use_scalar": r"\.scalar$",
 }
-NO_EFFECT = re.compile(r"(lora_te1?_text_projection|text_encoder\.text_projection|lora_te1?_logit_scale|text_projection)\..*")  # after the context
+NO_EFFECT = re.compile(
+    r"(lora_te1?_text_projection|text_encoder\.text_projection|lora_te1?_logit_scale|text_projection)\..*"
+)  # after the context
 
 
 def kinds(keys: list[str]) -> list[str]:
@@ -39,7 +69,8 @@ def kinds(keys: list[str]) -> list[str]:
 
 
 def spellings(networks: dict[str, nn.Module]) -> dict[str, str]:
-    """{name in a file: "unet.<path>" or "text_encoder.<path>"} for every linear layer and convolution of the networks."""
+    """{name in a file: "unet.<path>" or "text_encoder.<path>"} for every linear layer and convolution of the
+    networks."""
     found: dict[str, str] = {}
     for network_name, network in networks.items():
         paths = [path for path, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
@@ -52,12 +83,26 @@ def spellings(networks: dict[str, nn.Module]) -> dict[str, str]:
 
 def _unet(path: str, original: str | None) -> list[str]:
     flat = path.replace(".", "_")
-    same = [f"unet.{path}", path, f"base_model.model.{path}", f"base_model.model.unet.{path}", f"lora_unet_{flat}", f"lycoris_{flat}",
-            f"lora_unet.{path}"]
+    same = [
+        f"unet.{path}",
+        path,
+        f"base_model.model.{path}",
+        f"base_model.model.unet.{path}",
+        f"lora_unet_{flat}",
+        f"lycoris_{flat}",
+        f"lora_unet.{path}",
+    ]
     if original is None:
         return same
-    return [*same, f"diffusion_model.{original}", f"model.diffusion_model.{original}", f"unet.{original}", f"base_model.model.{original}",
-            f"base_model.model.diffusion_model.{original}", f"lora_unet_{original.replace('.', '_')}"]
+    return [
+        *same,
+        f"diffusion_model.{original}",
+        f"model.diffusion_model.{original}",
+        f"unet.{original}",
+        f"base_model.model.{original}",
+        f"base_model.model.diffusion_model.{original}",
+        f"lora_unet_{original.replace('.', '_')}",
+    ]
 
 
 def _text_encoder(path: str) -> list[str]:
@@ -65,9 +110,19 @@ def _text_encoder(path: str) -> list[str]:
     same = []
     for one in (path, short):
         flat = one.replace(".", "_")
-        same += [f"text_encoder.{one}", one, f"base_model.model.{one}", f"base_model.model.text_encoder.{one}", f"text_encoders.{one}",
-                 f"text_encoders.clip_l.transformer.{one}", f"clip_l.transformer.{one}", f"cond_stage_model.transformer.{one}",
-                 f"lora_te_{flat}", f"lora_te1_{flat}", f"lycoris_{flat}"]
+        same += [
+            f"text_encoder.{one}",
+            one,
+            f"base_model.model.{one}",
+            f"base_model.model.text_encoder.{one}",
+            f"text_encoders.{one}",
+            f"text_encoders.clip_l.transformer.{one}",
+            f"clip_l.transformer.{one}",
+            f"cond_stage_model.transformer.{one}",
+            f"lora_te_{flat}",
+            f"lora_te1_{flat}",
+            f"lycoris_{flat}",
+        ]
     return same
 
 
@@ -77,7 +132,10 @@ def _ldm(network: nn.Module, paths: list[str]) -> dict[str, str]:
     if config is None:
         return {}
     keys = names.ldm_unet_keys([f"{path}.weight" for path in paths], config)
-    return {ours.removesuffix(".weight"): theirs.removeprefix(names.UNET).removesuffix(".weight") for ours, theirs in keys.items()}
+    return {
+        ours.removesuffix(".weight"): theirs.removeprefix(names.UNET).removesuffix(".weight")
+        for ours, theirs in keys.items()
+    }
 
 
 def resolve(key: str, modules: dict[str, str]) -> tuple[str | None, str]:

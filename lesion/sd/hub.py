@@ -1,4 +1,5 @@
-"""Checkpoints of the Hugging Face hub: which files are needed, which are in the cache, and the fetching of what is missing.
+"""Checkpoints of the Hugging Face hub: which files are needed, which are in the cache, and the fetching of what is
+missing.
 
 Proven by tests/sd/test_hub.py against a local stand-in for the hub.
 """
@@ -11,13 +12,16 @@ COMPONENTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model
 
 def looks_like_id(text: str) -> bool:
     """owner/name, and neither a path nor a file's name."""
-    return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not text.endswith((".safetensors", ".ckpt"))
+    return (
+        text.count("/") == 1 and not text.startswith((".", "/", "~")) and not text.endswith((".safetensors", ".ckpt"))
+    )
 
 
 def of_checkpoint(names: list[str]) -> list[str]:
     """The files of a Stable Diffusion repository to load: configs, tokenizer and one set of weights a component.
 
-    Full precision first, whole or in shards, else the fp16 variant. ValueError where a component has no safetensors file.
+    Full precision first, whole or in shards, else the fp16 variant. ValueError where a component has no safetensors
+    file.
     """
     single = [name for name in names if "/" not in name and name.endswith((".safetensors", ".ckpt"))]
     if single and not any(name.startswith("unet/") for name in names):
@@ -37,19 +41,31 @@ def of_weights(names: list[str], part: str) -> list[str]:
         if whole in files:
             return [whole]
         if index in files:
-            return [index, *(name for name in files if name.endswith(".safetensors") and "-of-" in name and (".fp16" in name) == bool(variant))]
+            return [
+                index,
+                *(
+                    name
+                    for name in files
+                    if name.endswith(".safetensors") and "-of-" in name and (".fp16" in name) == bool(variant)
+                ),
+            ]
     pickles = [name for name in files if name.endswith((".bin", ".ckpt", ".pt"))]
     if pickles:
-        raise ValueError(f"its {pickles[0]} is a pickle and there is no safetensors file beside it: download the repository, run python -m "
-                         "lesion convert on its .bin files and give the folder")
+        raise ValueError(
+            f"its {pickles[0]} is a pickle and there is no safetensors file beside it: download the repository, run "
+            "python -m "
+            "lesion convert on its .bin files and give the folder"
+        )
     raise ValueError(f"it has no {inside}{stem}.safetensors")
 
 
 def fetch(hub_id: str, choose: Callable[[list[str]], list[str]], complete: Callable[[Path], bool], config: str,
           otherwise: str = "give a folder or a .safetensors file with --base") -> Path:
-    """Folder of the repository with the files that `choose` picks of all its names; a `complete` cache needs no network.
+    """Folder of the repository with the files that `choose` picks of all its names; a `complete` cache needs no
+    network.
 
-    config: a file that every such repository has, by which its cache is found. Only what is missing is fetched, and a dropped connection is resumed. ValueError, one line: not reachable, not there, not usable.
+    config: a file that every such repository has, by which its cache is found. Only what is missing is fetched, and a
+    dropped connection is resumed. ValueError, one line: not reachable, not there, not usable.
     """
     from huggingface_hub import HfApi, snapshot_download
     try:

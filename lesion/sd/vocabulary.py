@@ -1,7 +1,8 @@
-"""The tokenizer's files: whole, and of the text encoder's own vocabulary. Read before the first prompt is: a wrong id is no error later.
+"""The tokenizer's files: whole, and of the text encoder's own vocabulary. Read before the first prompt is: a wrong id
+is no error later.
 
-CLIP's byte-pair vocabulary (arXiv:1508.07909): 256 bytes, the same at a word's end, one token a merge, begin and end of text.
-Proven by tests/sd/test_vocabulary.py.
+CLIP's byte-pair vocabulary (arXiv:1508.07909): 256 bytes, the same at a word's end, one token a merge, begin and end of
+text. Proven by tests/sd/test_vocabulary.py.
 """
 import json
 from pathlib import Path
@@ -11,7 +12,8 @@ BYTES = 512  # 256, in the middle of a word and at its end
 
 
 def tokenizer_files(folder: Path) -> list[str]:
-    """What the folder keeps its vocabulary in: tokenizer.json, or vocab.json and merges.txt, or all three. ValueError if neither."""
+    """What the folder keeps its vocabulary in: tokenizer.json, or vocab.json and merges.txt, or all three. ValueError
+    if neither."""
     missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
     found = ["tokenizer.json"] if (folder / "tokenizer.json").is_file() else []
     if missing and not found:
@@ -22,8 +24,9 @@ def tokenizer_files(folder: Path) -> list[str]:
 def check_vocabulary(folder: Path, rows: int) -> None:
     """The tokenizer's files are whole, and its tokens are the `rows` of the text encoder's embedding, one each.
 
-    A token beyond the embedding has no row, and with fewer tokens than rows every word would be drawn from another word's row.
-    ValueError, one line: damaged or empty files, merges that do not make the vocabulary, other numbers of tokens than rows.
+    A token beyond the embedding has no row, and with fewer tokens than rows every word would be drawn from another
+    word's row. ValueError, one line: damaged or empty files, merges that do not make the vocabulary, other numbers of
+    tokens than rows.
     """
     folder = Path(folder)
     found = tokenizer_files(folder)
@@ -42,22 +45,31 @@ def check_vocabulary(folder: Path, rows: int) -> None:
         merges = [line for line in lines if line.strip() and not line.startswith("#version")]
         both.append(_whole_vocabulary(folder / "vocab.json", _json(folder / "vocab.json"), merges))
     if both[0] != both[-1]:
-        raise ValueError(f"tokenizer folder {folder}: tokenizer.json and vocab.json hold different vocabularies; give --tokenizer DIR")
+        raise ValueError(
+            f"tokenizer folder {folder}: tokenizer.json and vocab.json hold different vocabularies; give --tokenizer "
+            "DIR"
+        )
     config = _json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     pad = config.get("pad_token", END)
     pad = pad.get("content") if isinstance(pad, dict) else pad
     if pad not in (END, None):
-        raise ValueError(f"tokenizer folder {folder} pads with {pad!r} and Stable Diffusion 1.x with {END!r}; give --tokenizer DIR")
+        raise ValueError(
+            f"tokenizer folder {folder} pads with {pad!r} and Stable Diffusion 1.x with {END!r}; give --tokenizer DIR"
+        )
     new = _added_tokens(folder, whole.get("added_tokens"), config.get("added_tokens_decoder")) - both[0].keys()
     size = len(both[0]) + len(new)
     if size != rows:
         words = f", {len(new)} of them added to CLIP's" if new else ""
-        raise ValueError(f"tokenizer folder {folder} has {size} tokens{words}, and the text encoder's embedding {rows} rows: they do not "
-                         "belong together; give the --tokenizer DIR that this text encoder was trained with")
+        raise ValueError(
+            f"tokenizer folder {folder} has {size} tokens{words}, and the text encoder's embedding {rows} rows: they "
+            "do not "
+            "belong together; give the --tokenizer DIR that this text encoder was trained with"
+        )
 
 
 def _added_tokens(folder: Path, entries: object, decoder: object) -> set[str]:
-    """Tokens that were added to the vocabulary (textual inversion), in each of the three places where transformers keeps them."""
+    """Tokens that were added to the vocabulary (textual inversion), in each of the three places where transformers
+    keeps them."""
     listed = [*(entries if isinstance(entries, list) else []), *(decoder.values() if isinstance(decoder, dict) else [])]
     added = [entry.get("content") if isinstance(entry, dict) else entry for entry in listed]
     if (folder / "added_tokens.json").is_file():
@@ -68,18 +80,34 @@ def _added_tokens(folder: Path, entries: object, decoder: object) -> set[str]:
 
 
 def _whole_vocabulary(file: Path, ids: object, merges: list) -> dict[str, int]:
-    """`ids` {token: id}, once it is one to one with 0..n-1 and every token but the 512 bytes' and the two ends is made by a merge.
+    """`ids` {token: id}, once it is one to one with 0..n-1 and every token but the 512 bytes' and the two ends is made
+    by a merge.
 
-    That their numbers agree, and that merges from first to last make tokens, is enough: the whole comparison would slow every start.
+    That their numbers agree, and that merges from first to last make tokens, is enough: the whole comparison would slow
+    every start.
     """
     numbers = set(map(id_of, ids.values())) if isinstance(ids, dict) else {}
     if not numbers or len(numbers) != len(ids) or min(numbers) != 0 or max(numbers) != len(ids) - 1:
-        raise ValueError(f"{file} is damaged: expected tokens with the ids 0, 1, 2 ..., each once; give --tokenizer DIR")
-    pairs = [pair.split() if isinstance(pair, str) else pair for pair in merges[::max(1, len(merges) // 200)] + merges[-1:]]
-    made = [isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair) and "".join(pair) in ids for pair in pairs]
+        raise ValueError(
+            f"{file} is damaged: expected tokens with the ids 0, 1, 2 ..., each once; give --tokenizer DIR"
+        )
+    pairs = [
+        pair.split() if isinstance(pair, str) else pair for pair in merges[:: max(1, len(merges) // 200)] + merges[-1:]
+    ]
+    made = [
+        isinstance(pair, list)
+        and len(pair) == 2
+        and all(isinstance(part, str) for part in pair)
+        and "".join(pair) in ids
+        for pair in pairs
+    ]
     if len(merges) != len(ids) - BYTES - 2 or not all(made) or not {BEGIN, END} <= ids.keys():
-        raise ValueError(f"{file}: its {len(ids)} tokens and the {len(merges)} merges do not belong together, or one of them is cut short or "
-                         f"empty (CLIP's has a token for {BYTES} bytes, for each merge, and for begin and end of text); give --tokenizer DIR")
+        raise ValueError(
+            f"{file}: its {len(ids)} tokens and the {len(merges)} merges do not belong together, or one of them is "
+            "cut short or "
+            f"empty (CLIP's has a token for {BYTES} bytes, for each merge, and for begin and end of text); give "
+            "--tokenizer DIR"
+        )
     return ids
 
 

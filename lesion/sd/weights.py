@@ -18,23 +18,30 @@ PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 
 def pickled(file: Path) -> ValueError:
     """The error for a pickle, with the command that converts it."""
-    return ValueError(f"{file} is a pickle, which can run code when opened; convert it, without running any, with: python -m lesion convert "
-                      f"{shlex.quote(str(file))}")
+    return ValueError(
+        f"{file} is a pickle, which can run code when opened; convert it, without running any, with: python -m lesion "
+        "convert "
+        f"{shlex.quote(str(file))}"
+    )
 
 
 def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors of a safetensors file, memory-mapped, and its metadata. ValueError, naming the file, if it is damaged."""
     try:
         with safe_open(file, framework="pt") as tensors:
-            return {key: tensors.get_tensor(key) for key in tensors.keys()}, tensors.metadata() or {}  # noqa: SIM118 (not a dict)
+            state = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 (not a dict)
+            return state, tensors.metadata() or {}
     except Exception as error:  # safetensors raises its own, torch's and Python's, by what is wrong with the file
-        raise ValueError(f"{file} is damaged or not a safetensors file ({' '.join(str(error).split()) or type(error).__name__})") from None
+        raise ValueError(
+            f"{file} is damaged or not a safetensors file ({' '.join(str(error).split()) or type(error).__name__})"
+        ) from None
 
 
 def find(folder: Path, stem: str) -> list[Path]:
     """Weight files of a component: `stem`.safetensors, its shards, or those of the fp16 variant; full precision first.
 
-    ValueError: none of them (a pickle is named with its conversion), an index that is damaged, leads elsewhere or lacks a shard.
+    ValueError: none of them (a pickle is named with its conversion), an index that is damaged, leads elsewhere or lacks
+    a shard.
     """
     for whole, index in ((f"{stem}.safetensors", f"{stem}.safetensors.index.json"),
                          (f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json")):
@@ -45,13 +52,19 @@ def find(folder: Path, stem: str) -> list[Path]:
     for file in sorted(folder.glob("*")):
         if file.suffix in PICKLES:
             raise pickled(file)
-    raise ValueError(f"{folder} has no {stem}.safetensors (or {stem}.fp16.safetensors, or shards with {stem}.safetensors.index.json)")
+    raise ValueError(
+        f"{folder} has no {stem}.safetensors (or {stem}.fp16.safetensors, or shards with {stem}.safetensors.index.json)"
+    )
 
 
 def shards(index: Path) -> list[Path]:
     """The files that an index names, each in the index's own folder. ValueError."""
     weight_map = configs.read_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
+    ):
         raise ValueError(f"{index} is damaged: expected `weight_map`, a file for each tensor")
     found = sorted(set(weight_map.values()))
     for name in found:
@@ -76,7 +89,8 @@ def read_all(files: list[Path]) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 class WithoutInitialisation(TorchFunctionMode):
-    """Leaves out torch.nn.init's functions, which would be a third of the time that a network on the meta device takes."""
+    """Leaves out torch.nn.init's functions, which would be a third of the time that a network on the meta device
+    takes."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -92,7 +106,8 @@ def skeleton(kind: Callable, config: object) -> nn.Module:
 
 
 def assign(network: nn.Module, state: dict[str, Tensor], file: Path, theirs: Mapping[str, str]) -> None:
-    """Give every parameter of the meta-device `network` its tensor; `theirs` maps our names to the file's where they differ.
+    """Give every parameter of the meta-device `network` its tensor; `theirs` maps our names to the file's where they
+    differ.
 
     ValueError lists what is missing, of a wrong shape or kind, or left over.
     """

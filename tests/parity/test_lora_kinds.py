@@ -1,4 +1,5 @@
-"""LoHa, LoKr, DoRA, rsLoRA and LoCon: what peft trains and saves draws the same here, and LyCORIS' files give LyCORIS' formulas."""
+"""LoHa, LoKr, DoRA, rsLoRA and LoCon: what peft trains and saves draws the same here, and LyCORIS' files give LyCORIS'
+formulas."""
 import shutil
 
 import pytest
@@ -61,9 +62,12 @@ def configs():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "patterns", "loha", "loha large", "loha conv", "lokr", "lokr both", "lokr conv"])
+@pytest.mark.parametrize(
+    "kind", ["lora", "rslora", "dora", "patterns", "loha", "loha large", "loha conv", "lokr", "lokr both", "lokr conv"]
+)
 def test_what_peft_saves_draws_the_same(tiny, tmp_path, sd, kind):
-    """peft's own forward and ours on its save_pretrained, linear layers, 1x1 and 3x3 convolutions; a tenth of alpha would show."""
+    """peft's own forward and ours on its save_pretrained, linear layers, 1x1 and 3x3 convolutions; a tenth of alpha
+    would show."""
     model = adapter(tiny, configs()[kind])
     model.save_pretrained(tmp_path)
     with torch.no_grad():
@@ -81,7 +85,10 @@ def test_two_adapters_in_one_folder_are_one_lora(tiny, tmp_path, sd):
     from transformers import CLIPTextModel
     model = adapter(tiny, configs()["lora"])
     model.save_pretrained(tmp_path / "unet")
-    text = get_peft_model(CLIPTextModel.from_pretrained(tiny / "folder" / "text_encoder"), LoraConfig(r=2, lora_alpha=10, target_modules=["q_proj"]))
+    text = get_peft_model(
+        CLIPTextModel.from_pretrained(tiny / "folder" / "text_encoder"),
+        LoraConfig(r=2, lora_alpha=10, target_modules=["q_proj"]),
+    )
     for key, parameter in text.named_parameters():
         if "lora_B" in key:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
@@ -96,7 +103,8 @@ def test_two_adapters_in_one_folder_are_one_lora(tiny, tmp_path, sd):
 
 
 def test_a_renamed_adapter_keeps_its_strength(tiny, tmp_path):
-    """The file renamed within its folder: the config beside it is found. Copied away without it: refused until --lora-alpha says."""
+    """The file renamed within its folder: the config beside it is found. Copied away without it: refused until
+    --lora-alpha says."""
     model = adapter(tiny, configs()["lora"])
     model.save_pretrained(tmp_path / "a")
     expected = predict(tiny, tmp_path / "a")
@@ -121,10 +129,15 @@ def rand(*shape):
 
 def read_one(sd, tmp_path, path, tensors):
     """The full update that a file with one module's tensors gives."""
-    save_file({f"lora_unet_{path.replace('.', '_')}.{key}": value.contiguous() for key, value in tensors.items()}, tmp_path / "a.safetensors")
+    save_file(
+        {f"lora_unet_{path.replace('.', '_')}.{key}": value.contiguous() for key, value in tensors.items()},
+        tmp_path / "a.safetensors",
+    )
     factors, _ = formats.read(tmp_path / "a.safetensors", {"unet": sd.unet, "text_encoder": sd.text_encoder})
     layer = sd.unet.get_submodule(path)
-    ours = (layers.LoRALinear if layer.weight.ndim == 2 else layers.LoRAConv2d)(layer, len(factors[f"unet.{path}"].down), 1.0)
+    ours = (layers.LoRALinear if layer.weight.ndim == 2 else layers.LoRAConv2d)(
+        layer, len(factors[f"unet.{path}"].down), 1.0
+    )
     part = factors[f"unet.{path}"]
     ours.scale = part.alpha / len(part.down)
     ours.lora_down.weight.data, ours.lora_up.weight.data = part.down, part.up
@@ -138,7 +151,8 @@ def close(got, expected):
 
 @pytest.mark.parametrize("rank", [2, 4, 16])
 def test_loha(sd, tmp_path, rank):
-    """alpha / r (w1_a w1_b) * (w2_a w2_b), on a linear layer and on a 3x3 convolution; small ranks stay factors, large ones do not."""
+    """alpha / r (w1_a w1_b) * (w2_a w2_b), on a linear layer and on a 3x3 convolution; small ranks stay factors, large
+    ones do not."""
     for path in (LINEAR, CONV):
         shape = sd.unet.get_submodule(path).weight.shape
         flat = shape[0], shape[1:].numel()
@@ -151,15 +165,22 @@ def test_loha(sd, tmp_path, rank):
 def test_loha_cp(sd, tmp_path):
     """hada_t1, hada_t2: each factor is sum_ij t[i,j] w_a[i,out] w_b[j,in]."""
     out, inside, *kernel = sd.unet.get_submodule(CONV).weight.shape
-    t = {f"hada_{name}": rand(4, size) * 5 for name, size in (("w1_a", out), ("w1_b", inside), ("w2_a", out), ("w2_b", inside))}
+    t = {
+        f"hada_{name}": rand(4, size) * 5
+        for name, size in (("w1_a", out), ("w1_b", inside), ("w2_a", out), ("w2_b", inside))
+    }
     t |= {"hada_t1": rand(4, 4, *kernel) * 5, "hada_t2": rand(4, 4, *kernel) * 5, "alpha": torch.tensor(2.0)}
     w1, w2 = (torch.einsum("ijkl,jr,ip->prkl", t[f"hada_t{n}"], t[f"hada_w{n}_b"], t[f"hada_w{n}_a"]) for n in (1, 2))
     close(read_one(sd, tmp_path, CONV, t), 0.5 * w1 * w2)
 
 
-@pytest.mark.parametrize(("kind", "scale"), [("whole", 1.0), ("w2 low", 1.5), ("both low", 1.5), ("conv", 1.0), ("conv low", 1.5), ("cp", 1.5)])
+@pytest.mark.parametrize(
+    ("kind", "scale"),
+    [("whole", 1.0), ("w2 low", 1.5), ("both low", 1.5), ("conv", 1.0), ("conv low", 1.5), ("cp", 1.5)],
+)
 def test_lokr(sd, tmp_path, kind, scale):
-    """alpha / r kron(w1, w2); where neither is decomposed the scale is 1 whatever alpha says, as in LyCORIS, ComfyUI and A1111."""
+    """alpha / r kron(w1, w2); where neither is decomposed the scale is 1 whatever alpha says, as in LyCORIS, ComfyUI
+    and A1111."""
     path = CONV if kind in ("conv", "conv low", "cp") else LINEAR
     shape = sd.unet.get_submodule(path).weight.shape
     out, inside, kernel = shape[0] // 4, shape[1] // 4, tuple(shape[2:])
@@ -178,7 +199,9 @@ def test_lokr(sd, tmp_path, kind, scale):
     w1 = t["lokr_w1"] if w1 is None else w1
     if "lokr_w2_a" in t:
         del t["lokr_w2"]
-    expected = torch.stack([torch.cat([w1[i, j] * w2 for j in range(4)], dim=1) for i in range(4)]).flatten(0, 1)  # kron, block by block
+    expected = torch.stack([torch.cat([w1[i, j] * w2 for j in range(4)], dim=1) for i in range(4)]).flatten(
+        0, 1
+    )  # kron, block by block
     close(read_one(sd, tmp_path, path, t), scale * expected)
 
 
@@ -190,7 +213,11 @@ def test_dora_scale(sd, tmp_path, path, axis):
     out, inside, *kernel = weight.shape
     shape = [1] * weight.ndim
     shape[axis] = weight.shape[axis]
-    t = {"lora_down.weight": rand(4, inside, *kernel), "lora_up.weight": rand(out, 4, *[1] * len(kernel)), "alpha": torch.tensor(2.0)}
+    t = {
+        "lora_down.weight": rand(4, inside, *kernel),
+        "lora_up.weight": rand(out, 4, *[1] * len(kernel)),
+        "alpha": torch.tensor(2.0),
+    }
     t["dora_scale"] = 1 + rand(*shape).abs()
     changed = weight + 0.5 * torch.einsum("or,r...->o...", t["lora_up.weight"].flatten(1), t["lora_down.weight"])
     others = [dim for dim in range(weight.ndim) if dim != axis]
@@ -201,17 +228,31 @@ def test_dora_scale(sd, tmp_path, path, axis):
 def test_dora_on_loha(sd, tmp_path):
     """LyCORIS decomposes LoHa and LoKr by DoRA too."""
     weight = sd.unet.get_submodule(LINEAR).weight.detach()
-    t = {"hada_w1_a": rand(32, 4), "hada_w1_b": rand(4, 32), "hada_w2_a": rand(32, 4), "hada_w2_b": rand(4, 32), "dora_scale": 1 + rand(32, 1).abs()}
+    t = {
+        "hada_w1_a": rand(32, 4),
+        "hada_w1_b": rand(4, 32),
+        "hada_w2_a": rand(32, 4),
+        "hada_w2_b": rand(4, 32),
+        "dora_scale": 1 + rand(32, 1).abs(),
+    }
     changed = weight + (t["hada_w1_a"] @ t["hada_w1_b"]) * (t["hada_w2_a"] @ t["hada_w2_b"])
     close(read_one(sd, tmp_path, LINEAR, t), t["dora_scale"] * changed / changed.norm(dim=1, keepdim=True) - weight)
 
 
 def test_locon_with_cp(sd, tmp_path):
-    """LoCon's lora_mid: up (mid (down)), each rank and alpha of its own; alpha as bf16, as [1] and as a whole number."""
+    """LoCon's lora_mid: up (mid (down)), each rank and alpha of its own; alpha as bf16, as [1] and as a whole
+    number."""
     out, inside, *kernel = sd.unet.get_submodule(CONV).weight.shape
     for alpha in (torch.tensor(2.0, dtype=torch.bfloat16), torch.tensor([2.0]), torch.tensor(2, dtype=torch.int64)):
-        t = {"lora_down.weight": rand(4, inside, 1, 1), "lora_mid.weight": rand(4, 4, *kernel), "lora_up.weight": rand(out, 4, 1, 1), "alpha": alpha}
-        expected = 0.5 * torch.einsum("op,pjkl,ji->oikl", t["lora_up.weight"][:, :, 0, 0], t["lora_mid.weight"], t["lora_down.weight"][:, :, 0, 0])
+        t = {
+            "lora_down.weight": rand(4, inside, 1, 1),
+            "lora_mid.weight": rand(4, 4, *kernel),
+            "lora_up.weight": rand(out, 4, 1, 1),
+            "alpha": alpha,
+        }
+        expected = 0.5 * torch.einsum(
+            "op,pjkl,ji->oikl", t["lora_up.weight"][:, :, 0, 0], t["lora_mid.weight"], t["lora_down.weight"][:, :, 0, 0]
+        )
         close(read_one(sd, tmp_path, CONV, t), expected)
 
 
@@ -222,11 +263,25 @@ def kohya(sd, tmp_path):
     tensors = {}
     for network, prefix in ((sd.unet, "lora_unet_"), (sd.text_encoder, "lora_te_")):
         for path, module in network.named_modules():
-            if path.endswith(("attn1.to_q", "to_out.0", "resnets.0.conv1", "downsamplers.0.conv", "time_emb_proj", "proj_out", "fc1", "q_proj")):
+            if path.endswith(
+                (
+                    "attn1.to_q",
+                    "to_out.0",
+                    "resnets.0.conv1",
+                    "downsamplers.0.conv",
+                    "time_emb_proj",
+                    "proj_out",
+                    "fc1",
+                    "q_proj",
+                )
+            ):
                 out, inside, *kernel = module.weight.shape
                 key = prefix + path.replace(".", "_")
-                tensors |= {f"{key}.lora_down.weight": rand(3, inside, *kernel), f"{key}.lora_up.weight": rand(out, 3, *[1] * len(kernel)),
-                            f"{key}.alpha": torch.tensor(1.5)}
+                tensors |= {
+                    f"{key}.lora_down.weight": rand(3, inside, *kernel),
+                    f"{key}.lora_up.weight": rand(out, 3, *[1] * len(kernel)),
+                    f"{key}.alpha": torch.tensor(1.5),
+                }
     save_file(tensors, tmp_path / "kohya.safetensors")
     return tensors
 
@@ -234,8 +289,10 @@ def kohya(sd, tmp_path):
 def rename(sd, tensors, spell):
     """The same tensors with every module's name spelt by spell(network, path, LDM path)."""
     paths = [path for path, module in sd.unet.named_modules() if hasattr(module, "weight")]
-    ldm = {key.removesuffix(".weight"): value.removeprefix(names.UNET).removesuffix(".weight") for key, value in names.ldm_unet_keys(
-        [f"{path}.weight" for path in paths], sd.unet.config).items()}
+    ldm = {
+        key.removesuffix(".weight"): value.removeprefix(names.UNET).removesuffix(".weight")
+        for key, value in names.ldm_unet_keys([f"{path}.weight" for path in paths], sd.unet.config).items()
+    }
     renamed = {}
     for network, prefix, module in (("unet", "lora_unet_", sd.unet), ("text", "lora_te_", sd.text_encoder)):
         for path, _ in module.named_modules():
@@ -248,7 +305,7 @@ def rename(sd, tensors, spell):
 
 
 SPELLINGS = {
-    "LDM under kohya's prefix": lambda network, path, ldm: f"lora_unet_{ldm.replace('.', '_')}" if ldm else f"lora_te_{path.replace('.', '_')}",
+    "LDM under kohya's prefix": lambda network, path, ldm: ("lora_unet_" if ldm else "lora_te_") + (ldm or path).replace(".", "_"),
     "ComfyUI": lambda network, path, ldm: f"diffusion_model.{ldm}" if ldm else f"text_encoders.clip_l.transformer.{path}",
     "LyCORIS' wrapper": lambda network, path, ldm: f"lycoris_{path.replace('.', '_')}",
     "dotted diffusers with alpha": lambda network, path, ldm: f"{'unet' if ldm else 'text_encoder'}.{path}",

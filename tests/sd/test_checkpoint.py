@@ -287,9 +287,15 @@ def test_unknown_tensors_in_a_network_are_refused(folder, single, shared, name):
 
 
 def test_tensors_beside_the_networks_are_noted(tiny, folder, single, shared, reference):
-    """Harmless strangers: a ControlNet, an embedding, a step count, CLIP's projection. The weights are right, and a note names them."""
+    """Harmless strangers: a ControlNet, an embedding, a step count, CLIP's projection. The weights are right, and a
+    note names them."""
     tensors, write = single
-    strangers = ["control_model.zero_convs.0.weight", "global_step", "embedding_manager.emb", "cond_stage_model.transformer.text_projection.weight"]
+    strangers = [
+        "control_model.zero_convs.0.weight",
+        "global_step",
+        "embedding_manager.emb",
+        "cond_stage_model.transformer.text_projection.weight",
+    ]
     for name in strangers:
         tensors[name] = torch.ones(2)
     sd = load(write(), shared)
@@ -315,7 +321,8 @@ def test_a_text_encoder_without_the_text_model_level(folder, shared, reference):
 
 
 def test_a_pipeline_saved_again_by_diffusers(tiny, tmp_path, reference):
-    """StableDiffusionPipeline.save_pretrained of today's diffusers and transformers loads, its own tokenizer.json included."""
+    """StableDiffusionPipeline.save_pretrained of today's diffusers and transformers loads, its own tokenizer.json
+    included."""
     from diffusers import StableDiffusionPipeline
     StableDiffusionPipeline.from_pretrained(tiny / "folder", safety_checker=None).save_pretrained(tmp_path / "saved")
     assert equal(weights(checkpoint.load(tmp_path / "saved")), reference)
@@ -351,7 +358,9 @@ def test_fp16_shards(folder, shared, reference):
     """The fp16 variant's index."""
     shard(folder / UNET, 2, fp16=True)
     got = weights(load(folder, shared))
-    assert all(torch.equal(got[key], value.half().float()) for key, value in reference.items() if key.startswith("unet."))
+    assert all(
+        torch.equal(got[key], value.half().float()) for key, value in reference.items() if key.startswith("unet.")
+    )
 
 
 def test_shards_are_not_believed(folder, shared):
@@ -359,9 +368,13 @@ def test_shards_are_not_believed(folder, shared):
     files = shard(folder / UNET, 2)
     index = files[0].parent / "diffusion_pytorch_model.safetensors.index.json"
     good = json.loads(index.read_text())
-    for content, says in (({"weight_map": {"a": "../../x.safetensors"}}, "allowed are .safetensors files beside it"),
-                          ({"weight_map": {"a": "/etc/passwd"}}, "allowed are"), ({"weight_map": []}, "expected `weight_map`"),
-                          ({"weight_map": {"a": 3}}, "expected `weight_map`"), ({"weight_map": {"a": "no.safetensors"}}, "is not there")):
+    for content, says in (
+        ({"weight_map": {"a": "../../x.safetensors"}}, "allowed are .safetensors files beside it"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "allowed are"),
+        ({"weight_map": []}, "expected `weight_map`"),
+        ({"weight_map": {"a": 3}}, "expected `weight_map`"),
+        ({"weight_map": {"a": "no.safetensors"}}, "is not there"),
+    ):
         index.write_text(json.dumps(content))
         assert says in refusal(folder, shared)
     index.write_text(json.dumps(good))
@@ -375,11 +388,18 @@ def test_shards_are_not_believed(folder, shared):
 
 @pytest.mark.parametrize("kind", ["fp8", "half"])
 def test_mixed_precisions(single, shared, reference, kind):
-    """An fp8 U-Net with fp16 text encoder and bf16 VAE, or fp16 and bf16 by turns: each tensor's own value in float32."""
+    """An fp8 U-Net with fp16 text encoder and bf16 VAE, or fp16 and bf16 by turns: each tensor's own value in
+    float32."""
     tensors, write = single
     for number, (key, value) in enumerate(sorted(tensors.items())):
         if value.is_floating_point():
-            fp8 = torch.float8_e4m3fn if key.startswith(names.UNET) else torch.float16 if key.startswith("cond") else torch.bfloat16
+            fp8 = (
+                torch.float8_e4m3fn
+                if key.startswith(names.UNET)
+                else torch.float16
+                if key.startswith("cond")
+                else torch.bfloat16
+            )
             tensors[key] = value.to(fp8 if kind == "fp8" else (torch.float16, torch.bfloat16)[number % 2])
     tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None].half() * 0.583
     got = weights(load(write(), shared))
@@ -453,7 +473,8 @@ def test_sd2_folder_is_named(folder, shared, part, changes):
     ("text_encoder", {"hidden_act": "gelu"}), ("unet", {"flip_sin_to_cos": False}), ("vae", {"act_fn": "gelu"}),
     ("scheduler", {"beta_schedule": "linear"})])  # fmt: skip
 def test_other_formulas_are_refused(folder, shared, part, changes):
-    """The shapes of 1.x with another activation, embedding or noise schedule: it would load, and draw something else."""
+    """The shapes of 1.x with another activation, embedding or noise schedule: it would load, and draw something
+    else."""
     configure(folder, part, **changes)
     ((key, value),) = changes.items()
     assert f"{part} has {key} {value!r} and Stable Diffusion 1.x has" in refusal(folder, shared)
@@ -496,16 +517,28 @@ def vae_forms(tiny, tmp_path):
     original = {key: value for key, value in whole.items() if key.startswith(names.VAE)}
     save_file(original, tmp_path / "prefixed.safetensors")
     bare = {key.removeprefix(names.VAE): value for key, value in original.items()}
-    save_file({**bare, "loss.discriminator.main.0.weight": torch.ones(2), "model_ema.decay": torch.ones(1)}, tmp_path / "bare.safetensors")
+    save_file(
+        {**bare, "loss.discriminator.main.0.weight": torch.ones(2), "model_ema.decay": torch.ones(1)},
+        tmp_path / "bare.safetensors",
+    )
     shutil.copy(tiny / "folder" / VAE, tmp_path / "diffusers.safetensors")
-    return {"folder": tiny / "folder" / "vae", "checkpoint's folder": tiny / "folder", "its file": tiny / "folder" / VAE,
-            "whole single file": tiny / "single.safetensors", "prefixed": tmp_path / "prefixed.safetensors",
-            "bare": tmp_path / "bare.safetensors", "diffusers": tmp_path / "diffusers.safetensors"}
+    return {
+        "folder": tiny / "folder" / "vae",
+        "checkpoint's folder": tiny / "folder",
+        "its file": tiny / "folder" / VAE,
+        "whole single file": tiny / "single.safetensors",
+        "prefixed": tmp_path / "prefixed.safetensors",
+        "bare": tmp_path / "bare.safetensors",
+        "diffusers": tmp_path / "diffusers.safetensors",
+    }
 
 
-@pytest.mark.parametrize("form", ["folder", "checkpoint's folder", "its file", "whole single file", "prefixed", "bare", "diffusers"])
+@pytest.mark.parametrize(
+    "form", ["folder", "checkpoint's folder", "its file", "whole single file", "prefixed", "bare", "diffusers"]
+)
 def test_another_vae(tiny, single, folder, tmp_path, shared, reference, form):
-    """--vae in LDM's and diffusers' forms: for a file without one, for a folder without one, and instead of another; hashed with the rest."""
+    """--vae in LDM's and diffusers' forms: for a file without one, for a folder without one, and instead of another;
+    hashed with the rest."""
     tensors, write = single
     for key in [key for key in tensors if key.startswith(names.VAE)]:
         del tensors[key]
@@ -536,8 +569,13 @@ def test_what_is_no_vae(tiny, tmp_path, shared):
     (tmp_path / "empty").mkdir()
     wide = {f"encoder.down.{i}.block.0.conv2.weight": torch.zeros(32, 32, 3, 3) for i in range(4)}
     save_file({**wide, "post_quant_conv.weight": torch.zeros(16, 16, 1, 1)}, tmp_path / "flux.safetensors")
-    for path, says in (("none", "not found: give a folder"), ("x.pt", "python -m lesion convert"), ("empty", "holds no VAE"),
-                       ("x.safetensors", "is not a VAE of Stable Diffusion 1.x"), ("flux.safetensors", "has 16 latent channels")):
+    for path, says in (
+        ("none", "not found: give a folder"),
+        ("x.pt", "python -m lesion convert"),
+        ("empty", "holds no VAE"),
+        ("x.safetensors", "is not a VAE of Stable Diffusion 1.x"),
+        ("flux.safetensors", "has 16 latent channels"),
+    ):
         with pytest.raises(ValueError, match=says):
             checkpoint.load(tiny / "folder", tokenizer=shared / "clip_tokenizer", vae=tmp_path / path)
 
@@ -562,8 +600,8 @@ def test_pruned_files_say_what_they_are(single, shared):
 @pytest.mark.parametrize(("key", "shape"), [
     ("cond_stage_model.transformer.text_model.embeddings.token_embedding.weight", (8,)), ("model.diffusion_model.out.2.weight", (4,)),
     ("model.diffusion_model.input_blocks.0.0.weight", ()), ("first_stage_model.post_quant_conv.weight", (4, 4)),
-    ("cond_stage_model.transformer.text_model.encoder.layers.999999999.x", (1,)), ("model.diffusion_model.input_blocks.1.0.out_layers.3.weight",
-    (33, 32, 3, 3)), ("cond_stage_model.transformer.text_model.encoder.layers.x.y", (2,))])  # fmt: skip
+    ("cond_stage_model.transformer.text_model.encoder.layers.999999999.x", (1,)),
+    ("model.diffusion_model.input_blocks.1.0.out_layers.3.weight", (33, 32, 3, 3)), ("cond_stage_model.transformer.text_model.encoder.layers.x.y", (2,))])  # fmt: skip
 def test_shapes_are_not_believed(single, shared, key, shape):
     """Tensors of other axes, a layer number without end, widths that no group divides: one line, at once."""
     tensors, write = single

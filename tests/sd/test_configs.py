@@ -64,7 +64,8 @@ def test_v_prediction_is_named(folder, shared):
 
 
 def test_linspace_with_a_scheduler_that_spaces_leading(folder, shared):
-    """DDIM with linspace was made so on purpose; for Euler and DPM-Solver++ it is their class's default, which says nothing."""
+    """DDIM with linspace was made so on purpose; for Euler and DPM-Solver++ it is their class's default, which says
+    nothing."""
     configure(folder, "scheduler", timestep_spacing="linspace")
     assert "timestep_spacing 'linspace'" in refusal(folder, shared)
     configure(folder, "scheduler", _class_name="EulerDiscreteScheduler", steps_offset=0)
@@ -75,9 +76,13 @@ def test_linspace_with_a_scheduler_that_spaces_leading(folder, shared):
                                   "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep", "HeunDiscrete", "KDPM2Discrete",
                                   "KDPM2AncestralDiscrete"])  # fmt: skip
 def test_what_diffusers_writes_is_understood(name):
-    """Every scheduler that diffusers makes of SD 1.5's own config, as users save it, passes: no door is shut by the list."""
+    """Every scheduler that diffusers makes of SD 1.5's own config, as users save it, passes: no door is shut by the
+    list."""
     import diffusers
-    own = diffusers.PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1)
+
+    own = diffusers.PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+    )
     base = {**own.config, "clip_sample": False, "set_alpha_to_one": False}
     made = getattr(diffusers, f"{name}Scheduler").from_config(base)
     configs.check_scheduler(json.loads(made.to_json_string()), "x")
@@ -107,8 +112,8 @@ NUMBERS = [
 
 @pytest.mark.parametrize(("part", "key", "value"), NUMBERS, ids=lambda value: str(value)[:30])
 def test_numbers_are_not_believed(folder, shared, part, key, value):
-    """Sizes that are not numbers, too large, zero, negative, or that do not divide end in one line at once, not in a traceback, a
-    hang or a wrong picture."""
+    """Sizes that are not numbers, too large, zero, negative, or that do not divide end in one line at once, not in a
+    traceback, a hang or a wrong picture."""
     configure(folder, part, **{key: value})
     message = refusal(folder, shared)
     assert "None" not in message or value is None
@@ -132,8 +137,19 @@ def test_another_network_is_named(folder, shared, part, key, value):
 
 def test_moving_averages_leave_their_settings(folder, shared):
     """diffusers' training script saves the EMA's settings into unet/config.json: they change nothing."""
-    configure(folder, "unet", decay=0.9999, inv_gamma=1.0, min_decay=0.0, optimization_step=5, power=2 / 3, update_after_step=0,
-              use_ema_warmup=False, an_option_of_tomorrow=None, another=False)
+    configure(
+        folder,
+        "unet",
+        decay=0.9999,
+        inv_gamma=1.0,
+        min_decay=0.0,
+        optimization_step=5,
+        power=2 / 3,
+        update_after_step=0,
+        use_ema_warmup=False,
+        an_option_of_tomorrow=None,
+        another=False,
+    )
     assert checkpoint.load(folder, tokenizer=shared / "clip_tokenizer").unet
 
 
@@ -174,7 +190,8 @@ SPOKEN = [{"modelspec.prediction_type": "v"}, {"modelspec.prediction_type": "v_p
 
 @pytest.mark.parametrize("metadata", SPOKEN, ids=str)
 def test_metadata_is_not_passed_over(single, shared, metadata):
-    """Each entry of ModelSpec and of trainers that says another prediction, layer or family, or that is unknown, is named."""
+    """Each entry of ModelSpec and of trainers that says another prediction, layer or family, or that is unknown, is
+    named."""
     ((key, value),) = metadata.items()
     message = refusal(single(metadata=metadata), shared)
     assert key in message
@@ -246,11 +263,20 @@ model:
       target: ldm.modules.encoders.modules.FrozenCLIPEmbedder
 """  # CompVis' configs/stable-diffusion/v1-inference.yaml, entry for entry
 
-CHANGED = [("channels: 4", 'parameterization: "v"'), ("linear_start: 0.00085", "linear_start: 0.0001"), ("timesteps: 1000", "timesteps: 500"),
-           ("num_heads: 8", "num_heads: 4"), ("FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder"), ("LatentDiffusion", "LatentInpaintDiffusion"),
-           ("conditioning_key: crossattn", "conditioning_key: hybrid"), ("use_ema: False", "rescale_betas_zero_snr: True"),
-           ("legacy: False", "use_linear_in_transformer: True"), ("scale_factor: 0.18215", "scale_factor: .nan"),
-           ("FrozenCLIPEmbedder", 'FrozenCLIPEmbedder\n      params: {layer: "penultimate"}'), ("z_channels: 4", "z_channels: 16")]
+CHANGED = [
+    ("channels: 4", 'parameterization: "v"'),
+    ("linear_start: 0.00085", "linear_start: 0.0001"),
+    ("timesteps: 1000", "timesteps: 500"),
+    ("num_heads: 8", "num_heads: 4"),
+    ("FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder"),
+    ("LatentDiffusion", "LatentInpaintDiffusion"),
+    ("conditioning_key: crossattn", "conditioning_key: hybrid"),
+    ("use_ema: False", "rescale_betas_zero_snr: True"),
+    ("legacy: False", "use_linear_in_transformer: True"),
+    ("scale_factor: 0.18215", "scale_factor: .nan"),
+    ("FrozenCLIPEmbedder", 'FrozenCLIPEmbedder\n      params: {layer: "penultimate"}'),
+    ("z_channels: 4", "z_channels: 16"),
+]
 
 
 def test_the_original_yaml_is_understood(single, shared):
@@ -282,8 +308,21 @@ def test_the_yaml_of_a_v_model_stops_the_load(single, shared):
         path.with_suffix(ending).unlink()
 
 
-@pytest.mark.parametrize("content", [b"a: [", b"\xff\xff", b"!!python/object/apply:os.system ['touch ran']", b"- a\n- b", b"",
-                                     b"a: &a [x]\nb: *a", b"[" * 20_000, b"model: 3", b"model: {params: [1]}"], ids=lambda c: str(c[:12]))
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"a: [",
+        b"\xff\xff",
+        b"!!python/object/apply:os.system ['touch ran']",
+        b"- a\n- b",
+        b"",
+        b"a: &a [x]\nb: *a",
+        b"[" * 20_000,
+        b"model: 3",
+        b"model: {params: [1]}",
+    ],
+    ids=lambda c: str(c[:12]),
+)
 def test_yaml_that_is_none(tmp_path, monkeypatch, content):
     """Not YAML, not text, a command, a list, aliases, nested without end: one line, and nothing runs."""
     monkeypatch.chdir(tmp_path)

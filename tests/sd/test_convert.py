@@ -1,4 +1,5 @@
-"""`python -m lesion convert`: the four usual kinds of pickles become safetensors with every tensor; what could act never runs."""
+"""`python -m lesion convert`: the four usual kinds of pickles become safetensors with every tensor; what could act
+never runs."""
 import os
 import pickle
 import subprocess
@@ -25,11 +26,21 @@ TENSORS = {"model.a": torch.arange(6.0).reshape(2, 3), "model.b": torch.ones(4, 
 
 def lightning(path):
     hyper = {"path": Path("x"), "classes": Callbacks([ModelCheckpoint()]), "set": {1, 2}}
-    torch.save({"state_dict": TENSORS, "global_step": 5, "callbacks": {ModelCheckpoint: {"best": 1}}, "hyper_parameters": hyper}, path)
+    torch.save(
+        {
+            "state_dict": TENSORS,
+            "global_step": 5,
+            "callbacks": {ModelCheckpoint: {"best": 1}},
+            "hyper_parameters": hyper,
+        },
+        path,
+    )
 
 
 def shared(path):
-    torch.save({"state_dict": {**TENSORS, "model_ema.a": TENSORS["model.a"], "model.part": TENSORS["model.a"][1]}}, path)
+    torch.save(
+        {"state_dict": {**TENSORS, "model_ema.a": TENSORS["model.a"], "model.part": TENSORS["model.a"][1]}}, path
+    )
 
 
 KINDS = {
@@ -43,8 +54,9 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_tensor_arrives(tmp_path, kind):
-    """Lightning's file (callbacks of unknown classes), a bare dict, shared memory, a step count among the tensors, torch's format
-    before 1.6, parameters, another trainer's `module`: values and dtypes are equal, and the result is a plain safetensors file."""
+    """Lightning's file (callbacks of unknown classes), a bare dict, shared memory, a step count among the tensors,
+    torch's format before 1.6, parameters, another trainer's `module`: values and dtypes are equal, and the result is a
+    plain safetensors file."""
     KINDS[kind](tmp_path / "a.ckpt")
     said = convert.convert(tmp_path / "a.ckpt", tmp_path / "a.safetensors")
     got = load_file(tmp_path / "a.safetensors")
@@ -82,7 +94,8 @@ def test_nothing_is_run(tmp_path, monkeypatch, act):
 
 
 def test_a_class_with_side_effects_is_only_stood_in_for(tmp_path):
-    """A name that torch does not know becomes an empty class: importing the real module, or calling it, would be seen."""
+    """A name that torch does not know becomes an empty class: importing the real module, or calling it, would be
+    seen."""
     (tmp_path / "sidemodule.py").write_text("open('imported', 'w')\ndef call(*_): open('called', 'w')\n")
     code = ("import sys, torch; sys.path.insert(0, '.'); import sidemodule\n"
             "class Act:\n    def __reduce__(self): return sidemodule.call, (1,)\n"
@@ -110,8 +123,12 @@ def test_refusals(tmp_path):
     """Not there, not a pickle, a result that exists or has another ending: named, and nothing is written."""
     (tmp_path / "a.safetensors").write_bytes(b"precious")
     torch.save(TENSORS, tmp_path / "a.ckpt")
-    for file, out, says in (("none.ckpt", "n.safetensors", "not found"), ("a.safetensors", "b.safetensors", "is no pickled"),
-                            ("a.ckpt", "a.safetensors", "exists already"), ("a.ckpt", "a.bin", "must end in .safetensors")):
+    for file, out, says in (
+        ("none.ckpt", "n.safetensors", "not found"),
+        ("a.safetensors", "b.safetensors", "is no pickled"),
+        ("a.ckpt", "a.safetensors", "exists already"),
+        ("a.ckpt", "a.bin", "must end in .safetensors"),
+    ):
         with pytest.raises(ValueError, match=says):
             convert.convert(tmp_path / file, tmp_path / out)
     assert (tmp_path / "a.safetensors").read_bytes() == b"precious"

@@ -1,6 +1,7 @@
 """Hub ids against a local stand-in for the hub: what is fetched, what the cache saves, what a broken line does.
 
-The hub library reads its environment when it is imported, so the loading is done by one child process, asked line by line.
+The hub library reads its environment when it is imported, so the loading is done by one child process, asked line by
+line.
 """
 
 import hashlib
@@ -46,7 +47,8 @@ for line in sys.stdin:
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """The three requests that a snapshot download makes: a revision's id, its list of files, a file (whole or a range)."""
+    """The three requests that a snapshot download makes: a revision's id, its list of files, a file (whole or a
+    range)."""
 
     daemon_threads = True
 
@@ -178,7 +180,8 @@ def hub(tiny):
         "unet/diffusion_pytorch_model.fp16.safetensors": b"never fetched"}  # fmt: skip
     server.repos["tiny/pickled"] = {**real, **pickled}
     server.repos["tiny/single"] = {"v1-5-pruned.ckpt": b"x", "v1-5.safetensors": b"x", "README.md": b""}
-    server.repos["tiny/vae"] = {"config.json": folder / "vae" / "config.json", "diffusion_pytorch_model.safetensors": weights[COMPONENTS[2]],
+    server.repos["tiny/vae"] = {"config.json": folder / "vae" / "config.json",
+                                "diffusion_pytorch_model.safetensors": weights[COMPONENTS[2]],
                                 "diffusion_pytorch_model.bin": b"never fetched"}  # fmt: skip
     vocabulary = {name: folder / "tokenizer" / name for name in ("vocab.json", "merges.txt")}
     server.repos["openai/clip-vit-large-patch14"] = {**vocabulary, "config.json": b"{}", "model.safetensors": b"large"}
@@ -251,7 +254,8 @@ def test_a_dropped_connection_is_resumed(hub, load, tiny):
 
 
 def test_a_failed_download_is_one_line_and_goes_on(hub, load, tiny):
-    """A reset that the hub library does not survive: one line that says what to do; the next call fetches what lacks."""
+    """A reset that the hub library does not survive: one line that says what to do; the next call fetches what
+    lacks."""
     path = f"/tiny/reset/resolve/{SHA}/{COMPONENTS[1]}"
     hub.trouble[path] = "reset"
     answer = load("tiny/reset")
@@ -292,7 +296,9 @@ def test_repositories_that_cannot_be_used(hub, load):
     error = load("tiny/pickled")["error"]
     assert error.startswith("tiny/pickled cannot be used from the hub: its ")
     assert "python -m lesion convert" in error
-    assert "it holds single files only (v1-5-pruned.ckpt, v1-5.safetensors): download one" in load("tiny/single")["error"]
+    assert (
+        "it holds single files only (v1-5-pruned.ckpt, v1-5.safetensors): download one" in load("tiny/single")["error"]
+    )
     assert hub.fetched("tiny/pickled") == hub.fetched("tiny/single") == set()
 
 
@@ -320,8 +326,8 @@ def test_a_single_file_takes_the_hubs_vocabulary(hub, load, tiny):
 
 
 def test_an_unreachable_hub(hub, load, home, tiny, tmp_path):
-    """With the hub gone a cached model still loads (the same process, and its cache from a new one); another id ends the
-    command with exit code 2 and one line that says what to do."""
+    """With the hub gone a cached model still loads (the same process, and its cache from a new one); another id ends
+    the command with exit code 2 and one line that says what to do."""
     hub.shutdown()
     hub.server_close()
     complete(load("tiny/plain"), tiny)

@@ -10,7 +10,8 @@ from lesion.sd.vae import VAE, VAEConfig, to_images_u8, to_pixels
 
 
 def test_uint8_is_rounded():
-    """To uint8 by rounding to the nearest, never by truncating (which darkens every picture by half a level), and clamped."""
+    """To uint8 by rounding to the nearest, never by truncating (which darkens every picture by half a level), and
+    clamped."""
     levels = torch.tensor([-1.5, -1.0, -1.0 + 0.9 / 127.5, 0.49 / 127.5, 0.51 / 127.5, 1.0 - 0.4 / 127.5, 1.0, 1.7])
     got = to_images_u8(levels.view(1, 1, 1, -1).expand(1, 3, 1, -1))
     assert got.dtype == np.uint8
@@ -49,7 +50,8 @@ def test_the_log_variance_is_clamped(vae):
 
 @torch.no_grad()
 def test_latents_are_unscaled_before_decoding(vae):
-    """decode(latents) is the VAE's decoder on latents / scale, whatever the scale is: a picture from unscaled latents is another one."""
+    """decode(latents) is the VAE's decoder on latents / scale, whatever the scale is: a picture from unscaled latents
+    is another one."""
     latents = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     sd = types.SimpleNamespace(vae=vae, latent_scale=0.18215)
     got = pipeline.decode(sd, latents)

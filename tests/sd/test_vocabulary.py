@@ -59,9 +59,12 @@ def test_tokenizer_json_alone(folder):
 
 
 def test_an_added_token_with_its_row(folder):
-    """Textual inversion: one token more and one row more is drawn with that row; either alone is refused with both numbers."""
+    """Textual inversion: one token more and one row more is drawn with that row; either alone is refused with both
+    numbers."""
     saved_by_transformers(folder, "<lesion>")
-    with pytest.raises(ValueError, match="has 49409 tokens, 1 of them added to CLIP's, and the text encoder's embedding 49408 rows"):
+    with pytest.raises(
+        ValueError, match="has 49409 tokens, 1 of them added to CLIP's, and the text encoder's embedding 49408 rows"
+    ):
         checkpoint.load(folder)
     resize(folder, 49409)
     sd = checkpoint.load(folder)
@@ -71,7 +74,8 @@ def test_an_added_token_with_its_row(folder):
 
 @pytest.mark.parametrize("rows", [49407, 49409, 1000])
 def test_another_embedding(folder, rows):
-    """A tokenizer with fewer tokens than the embedding has rows draws from wrong ids in silence: refused, like the other way round."""
+    """A tokenizer with fewer tokens than the embedding has rows draws from wrong ids in silence: refused, like the
+    other way round."""
     resize(folder, rows)
     with pytest.raises(ValueError, match=f"has 49408 tokens, and the text encoder's embedding {rows} rows") as error:
         checkpoint.load(folder)
