@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from lesion.lora import formats, layers
 from lesion.run import files, sheets
@@ -170,6 +171,74 @@ def test_a_lora_of_nothing_here_is_refused(base, networks, tmp_path):
     with pytest.raises(ValueError, match="keys match no module of this model, first lora_unet_no_such_module"):
         draw(base, tmp_path / "out", "--lora", tmp_path / "x.safetensors")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_prompt_is_a_prompt(base, tmp_path):
+    """--prompt "" draws with the empty prompt: no data set is asked for, and the manifest says so."""
+    generate.main([*map(str, ["--base", base, "--prompt", "", "--out", tmp_path / "a", "--count", 1, "--steps", 1, "--resolution", 64])])
+    assert files.read_manifest(tmp_path / "a")[0]["prompt"] == ""
+    one = json.loads((tmp_path / "a" / "provenance.json").read_text())["settings"]
+    assert one["prompts_sha256"] == files.sha256_json([""])
+
+
+@pytest.mark.parametrize("value", ["abc", "-64", "0", "100", "99999999999", "1e3", "", "nan"])
+def test_a_loras_resolution_is_checked(base, networks, tmp_path, value):
+    """`lesion_resolution` of a stranger's file passes the same check as --resolution: one line, no traceback, no huge picture."""
+    known = {"resolution": value, "label": "malignant", "base_sha256": "ab" * 32}
+    file = write_lora(tmp_path / "l.safetensors", random_lora(networks, 1), **known)
+    with pytest.raises(ValueError, match="lesion_resolution that cannot be drawn") as error:
+        draw(base, tmp_path / "out", "--lora", file, count=1)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_lora_alpha(base, networks, tmp_path, capsys):
+    """--lora-alpha gives a file without alpha its strength: the picture is that of the file that says it; without the flag a note
+    says scale 1."""
+    factors = {name: layers.Factors(part.down, part.up, 6.0) for name, part in random_lora(networks, 1, strength=0.2).items()}
+    write_lora(tmp_path / "said.safetensors", factors)
+    tensors = {f"{name}.{role}": value for name, part in factors.items() for role, value in (
+        ("lora_A.weight", part.down), ("lora_B.weight", part.up))}
+    save_file(tensors, tmp_path / "silent.safetensors")
+    said = draw(base, tmp_path / "a", "--lora", tmp_path / "said.safetensors", count=1)
+    capsys.readouterr()
+    silent = draw(base, tmp_path / "b", "--lora", tmp_path / "silent.safetensors", count=1)
+    assert "note: " in (out := capsys.readouterr().out)
+    assert "read at scale 1" in out
+    given = draw(base, tmp_path / "c", "--lora", tmp_path / "silent.safetensors", "--lora-alpha", 6, count=1)
+    assert (given == said).all()
+    assert (silent != said).any()
+
+
+def test_another_vae(base, tiny, tmp_path):
+    """--vae of the same weights draws the same picture, of others another one; the base's hash follows."""
+    plain = draw(base, tmp_path / "a", count=1)
+    same = draw(base, tmp_path / "b", "--vae", base / "vae", count=1)
+    shutil.copytree(base / "vae", tmp_path / "vae")
+    weights = load_file(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    save_file({key: value * 0.9 for key, value in weights.items()}, tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    other = draw(base, tmp_path / "c", "--vae", tmp_path / "vae", count=1)
+    assert (plain == same).all()
+    assert (plain != other).any()
+    hashes = [files.read_manifest(tmp_path / name)[0]["base_sha256"] for name in "abc"]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_a_lora_in_two_parts(base, networks, tmp_path):
+    """A folder with unet/ and text_encoder/ adapters draws what one file with both draws; its hash is of both files."""
+    factors = random_lora(networks, 1)
+    write_lora(tmp_path / "one.safetensors", factors)
+    for part in networks:
+        (tmp_path / "two" / part).mkdir(parents=True)
+        write_lora(tmp_path / "two" / part / "adapter_model.safetensors", {
+            name: value for name, value in factors.items() if name.startswith(part)})
+    one = draw(base, tmp_path / "a", "--lora", tmp_path / "one.safetensors", count=1)
+    two = draw(base, tmp_path / "b", "--lora", tmp_path / "two", count=1)
+    assert (one == two).all()
+    used = json.loads((tmp_path / "b" / "provenance.json").read_text())["loras"][0]
+    assert used["file"] == str(tmp_path / "two")
+    hashes = [files.sha256_file(path) for path in formats.files(tmp_path / "two")]
+    assert used["sha256"] == files.sha256_bytes("".join(hashes).encode())
 
 
 def test_resolution_and_base_warnings(base, networks, tmp_path, capsys):
@@ -389,7 +458,7 @@ def test_tiles_without_text(base, tmp_path):
 
 
 BAD_FLAGS = """--steps 0|--steps 1001|--eta 1.5|--guidance-scale inf|--seed -1|--seed 4294967296|--lora x:nan|
---resolution 100|--prompt a --prompts-from b|--draw balanced|--sampler euler"""
+--resolution 100|--prompt a --prompts-from b|--draw balanced|--sampler euler|--sampler dpmpp --eta 1|--lora-alpha x"""
 
 
 @pytest.mark.parametrize("flags", [flags.split() for flags in BAD_FLAGS.split("|")], ids=" ".join)
