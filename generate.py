@@ -148,6 +148,7 @@ def generate(args) -> None:
     if args.lora_alpha is not None:
         settings["lora_alpha"] = args.lora_alpha
     common = {key: settings[key] for key in ("negative_prompt", "sampler", "steps", "guidance_scale", "eta", "resolution")}
+    named = named_loras(loras)
     hashes = [lora["sha256"] for lora in used]
     common |= {"base_sha256": base_sha256, "lora_sha256": hashes[0] if len(hashes) == 1 else hashes or None}
     rows = [row_of(args.label, i, prompt, args.seed + i, common) for i, prompt in enumerate(prompts)]
@@ -178,7 +179,7 @@ def generate(args) -> None:
     for some in todo:
         images_u8 = to_images_u8(pipeline.decode(sd, draw(some)))
         for row, image in zip(some, images_u8):
-            sheets.save_png(args.out / row["file_name"], image, {"parameters": as_parameters(row), "lesion": json.dumps(row)})
+            sheets.save_png(args.out / row["file_name"], image, {"parameters": as_parameters(row, named), "lesion": json.dumps(row)})
         if rank == 0:
             write_rows(args.out, rows, final=False)
         bar.update(len(some))
@@ -293,11 +294,28 @@ def attributes_of(prompt: str) -> dict:
         return {}
 
 
-def as_parameters(row: dict) -> str:
-    """The generation parameters as the usual user interfaces write and read them."""
-    return (f"{row['prompt']}\nNegative prompt: {row['negative_prompt']}\nSteps: {row['steps']}, Sampler: {row['sampler'].upper()}, "
-            f"CFG scale: {row['guidance_scale']}, Seed: {row['seed']}, Size: {row['resolution']}x{row['resolution']}, "
-            f"Model hash: {row['base_sha256'][:10]}")
+UI_NAMES = {"ddim": "DDIM", "ddpm": "DDPM", "dpmpp": "DPM++ 2M"}  # of the samplers, as A1111 spells them (it has no DDPM)
+
+
+def named_loras(loras) -> list[tuple[str, float, str]]:
+    """(the name that user interfaces show, weight, the first 12 digits of A1111's hash or "") of each LoRA."""
+    return [(metadata.get("ss_output_name") or Path(path).stem, weight, metadata.get("sshs_model_hash", "")[:12])
+            for path, weight, _, metadata in loras]
+
+
+def as_parameters(row: dict, loras: list[tuple[str, float, str]] = ()) -> str:
+    """The generation parameters as A1111 writes and reads them: prompt with <lora:name:weight>, negative prompt, then one line
+    of `Name: value` pairs between commas; a value with a comma or colon stands in quotes."""
+    tags = "".join(f" <lora:{name}:{weight:g}>" for name, weight, _ in loras)
+    negative = f"\nNegative prompt: {row['negative_prompt']}" if row["negative_prompt"] else ""
+    pairs = {"Steps": row["steps"], "Sampler": UI_NAMES.get(row["sampler"], row["sampler"]), "CFG scale": f"{row['guidance_scale']:g}",
+             "Seed": row["seed"], "Size": f"{row['resolution']}x{row['resolution']}", "Model hash": row["base_sha256"][:10]}
+    if row["eta"]:
+        pairs["Eta"] = f"{row['eta']:g}"
+    hashes = ", ".join(f"{name}: {digest}" for name, _, digest in loras if digest)
+    if hashes:
+        pairs["Lora hashes"] = json.dumps(hashes, ensure_ascii=False)
+    return f"{row['prompt']}{tags}{negative}\n" + ", ".join(f"{name}: {value}" for name, value in pairs.items())
 
 
 def open_folder(out: Path, provenance: dict) -> None:

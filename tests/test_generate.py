@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -292,11 +293,39 @@ def test_provenance(base, lora, data, tmp_path):
         with Image.open(tmp_path / "out" / row["file_name"]) as image:
             assert json.loads(image.text["lesion"]) == row
             line = image.text["parameters"].splitlines()
-        assert line[:2] == [row["prompt"], "Negative prompt: hair"]
+        assert line[:2] == [f"{row['prompt']} <lora:{lora.stem}:1>", "Negative prompt: hair"]
         assert line[2].startswith(f"Steps: 3, Sampler: DDIM, CFG scale: 7.5, Seed: {5 + i}, Size: 64x64, Model hash: ")
     assert {row["prompt"] for row in rows} <= {"plain text", "another text", f"{PROMPT}, under 3 mm across"}
     with Image.open(tmp_path / "out" / "grid.png") as grid:
         assert grid.size == (3 * 70 + 6, 76)
+
+
+def parsed_by_a1111(text):
+    """A1111's own rules (modules/infotext_utils.py): the last line holds the pairs if there are three, a quoted value is JSON; what
+    comes before is the prompt up to a line that begins with "Negative prompt:"."""
+    pair = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+    *lines, last = text.strip().split("\n")
+    assert len(pair.findall(last)) >= 3
+    prompt, negative, at_negative = [], [], False
+    for line in lines:
+        if line.startswith("Negative prompt:"):
+            at_negative, line = True, line.removeprefix("Negative prompt:").strip()
+        (negative if at_negative else prompt).append(line)
+    values = {name: json.loads(value) if value[:1] == value[-1:] == '"' else value for name, value in pair.findall(last)}
+    return "\n".join(prompt), "\n".join(negative), values
+
+
+def test_parameters_are_read_by_a1111s_rules():
+    """Sampler names, LoRA tags with their weights, hashes in quotes, an empty negative prompt left out, a negative seed's size."""
+    row = {"prompt": "a lesion, dark: very", "negative_prompt": "", "sampler": "dpmpp", "steps": 20, "guidance_scale": 7.5, "seed": 3,
+           "resolution": 128, "base_sha256": "0123456789abcdef", "eta": 0.0}
+    prompt, negative, values = parsed_by_a1111(generate.as_parameters(row, [("malignant-phase2", 0.8, "abcdef012345"), ("b", 1.0, "")]))
+    assert (prompt, negative) == ("a lesion, dark: very <lora:malignant-phase2:0.8> <lora:b:1>", "")
+    assert values == {"Steps": "20", "Sampler": "DPM++ 2M", "CFG scale": "7.5", "Seed": "3", "Size": "128x128",
+                      "Model hash": "0123456789", "Lora hashes": "malignant-phase2: abcdef012345"}
+    row |= {"negative_prompt": "hair, ruler", "sampler": "ddim", "eta": 0.5}
+    prompt, negative, values = parsed_by_a1111(generate.as_parameters(row))
+    assert (prompt, negative, values["Sampler"], values["Eta"]) == ("a lesion, dark: very", "hair, ruler", "DDIM", "0.5")
 
 
 def test_without_a_lora(base, tmp_path):

@@ -14,7 +14,7 @@ from torch import Tensor
 from lesion.mini import loop
 from lesion.mini.loop import Recipe, Sitting
 from lesion.run import devices, files, sheets
-from lesion.sd.checkpoint import assign, read_tensors
+from lesion.sd import weights
 from lesion.sd.vae import LATENT_SCALE, VAE, VAEConfig, to_images_u8, to_pixels
 from lesion.tiles.views import dihedral
 
@@ -188,5 +188,5 @@ def load(folder: Path) -> VAE:
         raise ValueError(f"{path} is missing: run --stage vae first")
     with torch.device("meta"):
         vae = VAE(VAEConfig(WIDTHS, norm_num_groups=GROUPS))
-    assign(vae, read_tensors(path), path, {})
+    weights.assign(vae, weights.read(path)[0], path, {})
     return vae.float().eval().requires_grad_(False)

@@ -21,7 +21,7 @@ def test_steps_are_commands_that_exist():
         sys.path.remove(str(folders.ROOT))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_whole_chain(tmp_path, run_script):
     """Demo tiles, LoRA, tiles, arms, report: in an empty folder, without a flag but --quick; each command is printed as typed."""
     done = run_script("-m lesion", "tour", "--quick", "--no-browser", cwd=tmp_path, timeout=900)
