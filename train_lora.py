@@ -145,7 +145,7 @@ def train(flags: dict, out: Path, resume: bool, stop: cli.Stop) -> None:
     optimizer = adamw(groups, recipe.lr, recipe.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
     at = load_checkpoint(out, networks, optimizer, scaler, say) if resume else Progress()
-    done = at.done
+    done = at.step
     if done > recipe.steps:
         raise ValueError(f"{out} has done {done} steps already: --steps {recipe.steps} is fewer")
     log = watch.Log(out, device, tiles.rows, done, batch_size, writes=first_rank)

@@ -44,6 +44,7 @@ class World:
             self.every = commands(folder)
             self.run(self.every["train"], folder / "first")
             shutil.copy(folder / "first" / "lora.safetensors", folder / "lora.safetensors")
+        (folder / "out").mkdir(exist_ok=True)
         self.every = commands(folder)
         self.undisturbed: dict[str, tuple[dict, float]] = {}
 

@@ -111,7 +111,7 @@ def test_what_one_process_sees_stops_all(tiny, data, tmp_path, what, code, step)
     assert time.monotonic() - began < 200
     assert {f"rank {rank} left with {code}" for rank in (0, 1)} <= set(done.stderr.splitlines()), done.stderr[-3000:]
     from lesion.run.state import load_state
-    assert load_state(tmp_path / "run" / "checkpoint.safetensors")[1]["done"] == step
+    assert load_state(tmp_path / "run" / "checkpoint.safetensors")[1]["step"] == step
     if what == "nan":
         assert "step 6: loss is not finite for timesteps" in done.stderr
         assert "loss is not finite in another process, which names the tiles" in done.stderr
