@@ -311,6 +311,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
     old = out.parent / f".{out.name}.old"
     if old.exists() and not out.exists():
         os.replace(old, out)  # an --overwrite was killed between its two renames
+    shutil.rmtree(old, ignore_errors=True)  # or after them
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: give a folder")
     if overwrite and out.exists() and (others := sorted(p.name for p in out.iterdir() if p.name not in OWN_FILES)):

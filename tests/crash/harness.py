@@ -26,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
-from world import Command, build, calm, commands  # noqa: E402
+from world import Command, build, calm, commands, preload  # noqa: E402
 
 ATTACKS = ("kills", "renames", "two", "full", "flips")
 VOLATILE = {"timing.jsonl", "SHA256SUMS"}  # times; and the hashes, which hold those of timing.jsonl
@@ -43,8 +43,10 @@ class World:
             build(folder)
             self.every = commands(folder)
             self.run(self.every["train"], folder / "first")
+            self.run(self.every["prepare"], folder / "older")
             shutil.copy(folder / "first" / "lora.safetensors", folder / "lora.safetensors")
         (folder / "out").mkdir(exist_ok=True)
+        preload()
         self.every = commands(folder)
         self.undisturbed: dict[str, tuple[dict, float]] = {}
 
@@ -82,8 +84,11 @@ class World:
         return wait(self.start(command, out, **how))
 
     def fresh(self, command: Command, out: Path) -> None:
-        for left in out.parent.glob(f"*{out.name}*"):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        for left in (out, Path(f"{out}.log"), *out.parent.glob(f".{out.name}.*")):
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink(missing_ok=True)
         command.prepare(out)
 
     def expected(self, command: Command) -> tuple[dict, float]:

@@ -105,8 +105,12 @@ def commands(world: Path) -> dict[str, Command]:
     def asked(out, again):
         return [out, "--real", world / "real", "--synthetic", world / "drawn", "--count", 4, "--seed", 1, "--no-serve"]
 
+    def overwritten(out, again):
+        return [*prepared(out, again), "--overwrite", "--prompts", "fixed"]
+
     every = [
         Command("prepare", prepare.main, prepared),
+        Command("overwrite", prepare.main, overwritten, prepare=lambda out: shutil.copytree(world / "older", out)),
         Command("train", train_lora.main, train,
                 ("checkpoint.safetensors", "checkpoint.previous.safetensors", "/data/.cache/latents-*")),
         Command("generate", generate.main, draw, ("malignant-*.png", "metadata.jsonl", "provenance.json")),
@@ -118,6 +122,22 @@ def commands(world: Path) -> dict[str, Command]:
         Command("pretrain", pretrain.main, vae, ("vae.checkpoint.safetensors", "vae.checkpoint.previous.safetensors")),
     ]
     return {command.name: command for command in every}
+
+
+def preload() -> None:
+    """Import whatever a command imports on its way, so that forks need not."""
+    import importlib
+    import pkgutil
+
+    import lesion
+    for module in pkgutil.walk_packages(lesion.__path__, "lesion."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    for name in ("matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "matplotlib.font_manager",
+                 "PIL.PngImagePlugin", "PIL.JpegImagePlugin", "sklearn.model_selection", "transformers.models.clip.tokenization_clip",
+                 "transformers", "torchvision", "torch.optim", "scipy.stats", "skimage.measure"):
+        importlib.import_module(name)
+    importlib.import_module("transformers").CLIPTokenizer  # noqa: B018 - transformers imports when asked
 
 
 def calm() -> None:

@@ -12,7 +12,7 @@ from lesion.train.checkpoint import STATE, Progress, load_checkpoint, lora_of_st
 from lesion.train.step import adamw
 
 RECIPE = SimpleNamespace(label="malignant", phase=1, resolution=128, seed=0, lora_format="kohya", rank=2, alpha=3.0, base="b", lr=1e-2,
-                         clip=1.0, min_snr_gamma=None, noise_offset=0.0, precision="fp16", schedule="constant", steps=20, rates=lambda: {})
+                         clip=1.0, min_snr_gamma=None, noise_offset=0.0, precision="fp16", schedule="constant", steps=20, rates=dict)
 RECORD = {"base_sha256": "0", "data_sha256": "1", "tiles": 3, "provenance": {"git_commit": None}}
 
 
@@ -103,7 +103,7 @@ def test_nothing_whole_is_left(tmp_path):
     saved(tmp_path, 4, 8)
     for path in (tmp_path / STATE, state.previous_of(tmp_path / STATE)):
         path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(ValueError, match=r"checkpoint\.safetensors is damaged.* and .*checkpoint\.previous\.safetensors is damaged.*remove"):
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors is damaged.* and .*\.previous\.safetensors is damaged.*remove"):
         load_checkpoint(tmp_path, *run())
 
 

@@ -101,8 +101,8 @@ def test_what_one_process_sees_stops_all(tiny, data, tmp_path, what, code, step)
     code, long before any time-out; the state is the last good one, or that of the step where the signal was taken."""
     import time
     (tmp_path / "stops.py").write_text(STOPS)
-    arguments = ["--phase", 1, "--base", tiny / "folder", "--data", data, "--steps", 100, "--rank", 2, "--sample-count", 0, "--batch-size", 1,
-                 "--resolution", 64, "--checkpoint-every", 4, "--out", tmp_path / "run"]
+    arguments = ["--phase", 1, "--base", tiny / "folder", "--data", data, "--steps", 100, "--rank", 2, "--sample-count", 0,
+                 "--batch-size", 1, "--resolution", 64, "--checkpoint-every", 4, "--out", tmp_path / "run"]
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "stops.py"),
                            what, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=240,
