@@ -201,9 +201,7 @@ def train(flags: dict, out: Path, resume: bool, stop: cli.Stop) -> None:
         mine = np.concatenate(mine)
         log.step(done, torch.cat(errors), draws.timesteps[mine], chosen[step, mine], grad_norm, optimizer.param_groups[0]["lr"], at.skipped)
         if last or done % LOG_EVERY == 0 or done % recipe.checkpoint_every == 0 or done % recipe.val_every == 0:
-            log.check(world)
-            if first_rank:
-                bar.set_postfix_str(log.flush(), refresh=False)
+            bar.set_postfix_str(log.flush(world), refresh=False)
         if first_rank:
             bar.update()
             if validate and (done == recipe.steps or done % recipe.val_every == 0):

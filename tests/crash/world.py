@@ -60,7 +60,6 @@ def build(folder: Path) -> None:
     files.write_manifest(folder / "data", rows)
     write_synthetic(folder / "synthetic", 12, [row for row in rows if row["split"] == "train" and row["label"] == "malignant"])
     write_run(folder / "predictions", {"O1": 0.0, "S2": 0.5}, malignant=12, benign=24)
-    files.write_json(folder / "predictions" / "args.json", {"experiments": ["O1", "S2"], "seeds": 2})
     real_set(folder / "real", 10)
     synthetic_set(folder / "drawn", 10)
 
@@ -140,19 +139,33 @@ def preload() -> None:
     importlib.import_module("transformers").CLIPTokenizer  # noqa: B018 - transformers imports when asked
 
 
+def small_network(num_classes: int):
+    """In ResNet-18's place: its saved states of 180 MB would make this a test of the disk."""
+    from collections import OrderedDict
+
+    from torch import nn
+    parts = [("conv1", nn.Conv2d(3, 8, 3, 2)), ("bn1", nn.BatchNorm2d(8)), ("relu", nn.ReLU()), ("avgpool", nn.AdaptiveAvgPool2d(1)),
+             ("flat", nn.Flatten()), ("fc", nn.Linear(8, num_classes))]
+    return nn.Sequential(OrderedDict(parts))
+
+
 def calm() -> None:
     """In the process that runs a command: one thread, and what is secret or the time of day the same in every run."""
     import itertools
     import secrets
 
     import torch
+    import torchvision
 
     from lesion.mini import pretrain
+    from lesion.run import state
     from lesion.web import study_folder
     torch.set_num_threads(1)
     numbers = itertools.count()
     secrets.token_bytes = lambda count: bytes([7]) * count
     secrets.token_urlsafe = lambda count: f"secret-{next(numbers):016d}"
     study_folder.now = lambda: "2026-01-01T00:00:00.000+00:00"
+    state._git_commit = lambda: "0" * 40
+    torchvision.models.resnet18 = small_network
     pretrain.CHECK_TILES = 4
     np.seterr(all="ignore")

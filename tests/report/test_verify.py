@@ -30,7 +30,6 @@ def made(tmp_path_factory):
     """A folder with a classifier run and the report of it, made by evaluate.py."""
     place = tmp_path_factory.mktemp("made")
     write_run(place / "arms", {"O1": 0.0, "S2": 0.5}, malignant=20, benign=60)
-    files.write_json(place / "arms" / "args.json", {"experiments": ["O1", "S2"], "seeds": 2})
     sums.write(place / "arms")
     before = os.getcwd()
     os.chdir(place)
@@ -176,12 +175,12 @@ def test_the_command(made, tmp_path):
         return subprocess.run([sys.executable, "-m", "lesion", "verify", *map(str, folders)], cwd=made, capture_output=True, text=True,
                               env={**os.environ, "PYTHONPATH": str(ROOT)})
     shutil.copytree(made / "arms", tmp_path / "arms")
-    (tmp_path / "arms" / "args.json").write_text("{}")
+    (tmp_path / "arms" / "O1" / "seed0" / "predictions.csv").write_text("id\n", encoding="utf-8")
     (tmp_path / "empty").mkdir()
     good, bad = call("arms"), call("arms", tmp_path / "arms", tmp_path / "empty")
     assert good.returncode == 0, good.stderr
     assert "all as written" in good.stdout
     assert bad.returncode == 1
-    assert "args.json: its SHA-256 differs from SHA256SUMS" in bad.stdout
+    assert "predictions.csv: its SHA-256 differs from SHA256SUMS" in bad.stdout
     assert "has no SHA256SUMS" in bad.stdout
     assert call("nowhere").returncode == 2
