@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 
 from lesion.run import cli, files, folders, lock, sums
+from lesion.sd.samplers import SAMPLERS
 
 GIF_TILES, GIF_FRAMES = 4, 25
 
@@ -35,6 +36,7 @@ def parse(argv=None):
     group = parser.add_argument_group("model")
     group.add_argument("--base", help="folder, .safetensors file or hub id; default: what the LoRA was trained on")
     group.add_argument("--tokenizer", type=Path, help="folder with vocab.json and merges.txt, for a single-file base")
+    group.add_argument("--vae", metavar="PATH", help="folder, .safetensors file or hub id of another VAE, or for a base without one")
     group.add_argument(
         "--lora",
         type=weighted_file,
@@ -42,6 +44,7 @@ def parse(argv=None):
         metavar="FILE[:WEIGHT]",
         help="LoRA files; default: the newest run's, if no --base is given",
     )
+    group.add_argument("--lora-alpha", type=cli.number(float), metavar="N", help="alpha of LoRA files that do not say their own")
     group = parser.add_argument_group("what to draw")
     what = group.add_mutually_exclusive_group()
     what.add_argument("--prompt", help="one prompt for all")
@@ -53,7 +56,7 @@ def parse(argv=None):
     group.add_argument("--count", type=cli.number(int, low=1), default=16, help="images in all")
     group.add_argument("--out", type=Path, help="folder; default: samples/<name of the LoRA's run>")
     group = parser.add_argument_group("how")
-    group.add_argument("--sampler", choices=("ddim", "ddpm", "dpmpp"), default="ddim", help="dpmpp is good at 20 steps")
+    group.add_argument("--sampler", choices=tuple(SAMPLERS), default="ddim", help="dpmpp is good at 20 steps")
     group.add_argument("--steps", type=cli.number(int, low=1, high=1000), default=50, help="sampling steps")
     group.add_argument("--guidance-scale", type=cli.number(float, low=0), help="1: no guidance; default: 7.5, for mini 2")
     group.add_argument("--eta", type=cli.number(float, low=0, high=1), default=0.0, help="DDIM's share of fresh noise")
@@ -66,6 +69,8 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if args.draw != "texts" and not args.prompts_from:
         parser.error(f"--draw {args.draw} needs --prompts-from DATA")
+    if args.eta and args.sampler != "ddim":
+        parser.error(f"--eta is ddim's share of fresh noise, and {args.sampler} has none: leave it out")
     return args
 
 
@@ -91,36 +96,35 @@ def generate(args) -> None:
     args.precision = args.precision or ("fp16" if device.type == "cuda" else "fp32")
 
     # --- base and LoRA: read, checked, summed, merged ---
-    sd = checkpoint.load(args.base, device, devices.DTYPES[args.precision], args.tokenizer)
+    sd = checkpoint.load(args.base, device, devices.DTYPES[args.precision], args.tokenizer, args.vae)
     networks = {"unet": sd.unet, "text_encoder": sd.text_encoder}
-    for path in (formats.find(path) for path, _ in args.lora):
-        sums.require(path.parent, [path.name])
-    loras = [(formats.find(path), weight, *formats.read(path, networks)) for path, weight in args.lora]
+    for path, _ in args.lora:
+        for part in formats.files(path):
+            sums.require(part.parent, [part.name])
+    notes = list(sd.notes)
+    loras = [(path, weight, *formats.read(path, networks, args.lora_alpha, notes)) for path, weight in args.lora]
+    if rank == 0 and notes:
+        print("\n".join(f"note: {note}" for note in notes))
     combined = layers.combine([(factors, weight) for _, weight, factors, _ in loras])
     for name, network in networks.items():
         layers.set_factors(network, layers.of_network(combined, name))
         layers.merge(network)
     base_sha256 = files_sha256(sd.files)
     trained = [metadata for *_, metadata in loras if {"lesion_resolution", "lesion_label", "lesion_base_sha256"} <= metadata.keys()]
-    args.resolution = args.resolution or (int(trained[-1]["lesion_resolution"]) if trained else 128)
+    sizes = [resolution_of(metadata) for metadata in trained]
+    args.resolution = args.resolution or (sizes[-1] if sizes else 128)
     args.label = args.label or (trained[-1]["lesion_label"] if trained else "malignant")
     if not re.fullmatch(r"\w[\w .-]*", args.label):
         raise ValueError(f"label {args.label!r} cannot name files: allowed are letters, digits, '_', '-', '.' and spaces; give --label")
-    for metadata in trained if rank == 0 else []:
-        if int(metadata["lesion_resolution"]) != args.resolution:
-            print(f"warning: the LoRA was trained at {metadata['lesion_resolution']} px, drawing at {args.resolution} px: "
-                  "expect several lesions a picture when larger")
-        if metadata["lesion_base_sha256"] != base_sha256:
-            print(
-                "warning: the LoRA was trained on another base model: "
-                f"SHA-256 {metadata['lesion_base_sha256'][:12]}, this one {base_sha256[:12]}"
-            )
+    if rank == 0:
+        warn_of_other_training(args.resolution, base_sha256, sizes, [metadata["lesion_base_sha256"] for metadata in trained])
 
     # --- what to draw: every image's prompt and seed, before the first is drawn ---
     prompts = choose_prompts(args)
     _, cut = sd.tokenizer(sorted(set(prompts)))
-    for end in [end for end in cut if end][:1] if rank == 0 else []:
-        print(f"warning: a prompt is longer than 75 tokens; the model does not see its end: {end!r}")
+    lost = next((end for end in cut if end), None)
+    if lost and rank == 0:
+        print(f"warning: a prompt is longer than 75 tokens; the model does not see its end: {lost!r}")
     settings = {
         "label": args.label,
         "negative_prompt": args.negative_prompt,
@@ -134,15 +138,20 @@ def generate(args) -> None:
         "first_seed": args.seed,
         "draw": args.draw,
         "prompt": args.prompt,
-        "prompts_sha256": files.sha256_json(sorted(set(prompts))) if args.prompt else training_texts_sha256(args),
+        "prompts_sha256": files.sha256_json(sorted(set(prompts))) if args.prompt is not None else training_texts_sha256(args),
     }
-    used = [{"file": str(path), "sha256": files.sha256_file(path), "weight": weight, "train_files": seen.files_of_lora(path)}
-            for path, weight, *_ in loras]
+    used = []
+    for path, weight, *_ in loras:
+        parts = formats.files(path)
+        used.append({"file": str(parts[0] if len(parts) == 1 else path), "sha256": files_sha256(parts), "weight": weight,
+                     "train_files": seen.files_of_lora(parts[0])})
+    if args.lora_alpha is not None:
+        settings["lora_alpha"] = args.lora_alpha
+    common = {key: settings[key] for key in ("negative_prompt", "sampler", "steps", "guidance_scale", "eta", "resolution")}
+    named = named_loras(loras)
     hashes = [lora["sha256"] for lora in used]
-    rows = [{"file_name": f"{args.label}-{i:05d}.png", "text": prompt, "label": args.label, "prompt": prompt, "seed": args.seed + i,
-             **{key: settings[key] for key in ("negative_prompt", "sampler", "steps", "guidance_scale", "eta", "resolution")},
-             "base_sha256": base_sha256, "lora_sha256": hashes[0] if len(hashes) == 1 else hashes or None,
-             "attributes": attributes_of(prompt), "source": "synthetic"} for i, prompt in enumerate(prompts)]
+    common |= {"base_sha256": base_sha256, "lora_sha256": hashes[0] if len(hashes) == 1 else hashes or None}
+    rows = [row_of(args.label, i, prompt, args.seed + i, common) for i, prompt in enumerate(prompts)]
     batches = [rows[start:start + args.batch_size] for start in range(0, len(rows), args.batch_size)]
     if rank == 0:
         open_folder(args.out, {"base": args.base, "base_sha256": base_sha256, "loras": used, "settings": settings})
@@ -150,7 +159,7 @@ def generate(args) -> None:
         for name, what in keep_whole(args.out, batches):
             print(f"{args.out / name} {what}: drawn again")
         print(f"{args.count} tiles of {args.resolution} px into {args.out}; base {args.base}, "
-              f"LoRA {', '.join(str(path) for path, *_ in loras) or 'none'}; {device}, {args.precision}", flush=True)
+              f"LoRA {', '.join(lora['file'] for lora in used) or 'none'}; {device}, {args.precision}", flush=True)
 
     if world > 1:
         torch.distributed.barrier()  # nothing is drawn before the folder is known to be ours
@@ -170,7 +179,7 @@ def generate(args) -> None:
     for some in todo:
         images_u8 = to_images_u8(pipeline.decode(sd, draw(some)))
         for row, image in zip(some, images_u8):
-            sheets.save_png(args.out / row["file_name"], image, {"parameters": as_parameters(row), "lesion": json.dumps(row)})
+            sheets.save_png(args.out / row["file_name"], image, {"parameters": as_parameters(row, named), "lesion": json.dumps(row)})
         if rank == 0:
             write_rows(args.out, rows, final=False)
         bar.update(len(some))
@@ -196,6 +205,29 @@ def generate(args) -> None:
         sums.write(args.out)
 
 
+def resolution_of(metadata: dict[str, str]) -> int:
+    """The side in pixels that a LoRA says it was trained at, checked as --resolution is. ValueError."""
+    try:
+        return cli.resolution(metadata["lesion_resolution"])
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"the LoRA's metadata has a lesion_resolution that cannot be drawn: {error}; is it damaged?") from None
+
+
+def warn_of_other_training(resolution: int, base_sha256: str, sizes: list[int], bases: list[str]) -> None:
+    """Say where a LoRA was trained at another size or on another base than it is drawn with."""
+    for size, base in zip(sizes, bases):
+        if size != resolution:
+            print(f"warning: the LoRA was trained at {size} px, drawing at {resolution} px: expect several lesions a picture when larger")
+        if base != base_sha256:
+            print(f"warning: the LoRA was trained on another base model: SHA-256 {base[:12]}, this one {base_sha256[:12]}")
+
+
+def row_of(label: str, number: int, prompt: str, seed: int, common: dict) -> dict:
+    """The manifest row of one image; `common` is what all of a call's images share."""
+    return {"file_name": f"{label}-{number:05d}.png", "text": prompt, "label": label, "prompt": prompt, "seed": seed, **common,
+            "attributes": attributes_of(prompt), "source": "synthetic"}
+
+
 def fill_from_newest_run(args) -> None:
     """Without --base and --lora: the newest run's LoRA, base, data set and class. With a LoRA of ours: its base."""
     if args.lora is None:
@@ -203,13 +235,15 @@ def fill_from_newest_run(args) -> None:
         if folder is None and not args.base:
             raise ValueError("no finished run in runs/: run train_lora.py first, or give --base (and --lora)")
         args.lora = [(folder / "lora.safetensors", 1.0)] if folder else []
-    beside = args.lora[0][0].parent / "args.json" if args.lora else None
+    first = args.lora[0][0] if args.lora else None
+    beside = (first if first.is_dir() else first.parent) / "args.json" if first else None
     run = files.read_json(beside) if beside and beside.is_file() else {}
     if args.base is None and "base" not in run:
         raise ValueError(f"which base model? {args.lora[0][0]} does not stand in a run folder: give --base")
     args.base = args.base or run["base"]
     args.tokenizer = args.tokenizer or (Path(run["tokenizer"]) if run.get("tokenizer") else None)
-    if not args.prompt and not args.prompts_from:
+    args.vae = args.vae or run.get("vae")
+    if args.prompt is None and not args.prompts_from:
         if "data" not in run:
             raise ValueError("what to draw? give --prompt TEXT or --prompts-from DATA")
         args.prompts_from = Path(run["data"])
@@ -218,6 +252,7 @@ def fill_from_newest_run(args) -> None:
 
 
 def training_rows(args) -> list[dict]:
+    """The training tiles of --label that prompts are drawn from, each with a text. ValueError if there are none."""
     rows = [
         row for row in files.read_manifest(args.prompts_from) if row.get("label") == args.label and row.get("split", "train") == "train"
     ]
@@ -232,6 +267,7 @@ def training_rows(args) -> list[dict]:
 
 
 def training_texts_sha256(args) -> str:
+    """What identifies the texts that prompts are drawn from."""
     return files.sha256_json([row["text"] for row in training_rows(args)])
 
 
@@ -258,11 +294,28 @@ def attributes_of(prompt: str) -> dict:
         return {}
 
 
-def as_parameters(row: dict) -> str:
-    """The generation parameters as the usual user interfaces write and read them."""
-    return (f"{row['prompt']}\nNegative prompt: {row['negative_prompt']}\nSteps: {row['steps']}, Sampler: {row['sampler'].upper()}, "
-            f"CFG scale: {row['guidance_scale']}, Seed: {row['seed']}, Size: {row['resolution']}x{row['resolution']}, "
-            f"Model hash: {row['base_sha256'][:10]}")
+UI_NAMES = {"ddim": "DDIM", "ddpm": "DDPM", "dpmpp": "DPM++ 2M"}  # of the samplers, as A1111 spells them (it has no DDPM)
+
+
+def named_loras(loras) -> list[tuple[str, float, str]]:
+    """(the name that user interfaces show, weight, the first 12 digits of A1111's hash or "") of each LoRA."""
+    return [(metadata.get("ss_output_name") or Path(path).stem, weight, metadata.get("sshs_model_hash", "")[:12])
+            for path, weight, _, metadata in loras]
+
+
+def as_parameters(row: dict, loras: list[tuple[str, float, str]] = ()) -> str:
+    """The generation parameters as A1111 writes and reads them: prompt with <lora:name:weight>, negative prompt, then one line
+    of `Name: value` pairs between commas; a value with a comma or colon stands in quotes."""
+    tags = "".join(f" <lora:{name}:{weight:g}>" for name, weight, _ in loras)
+    negative = f"\nNegative prompt: {row['negative_prompt']}" if row["negative_prompt"] else ""
+    pairs = {"Steps": row["steps"], "Sampler": UI_NAMES.get(row["sampler"], row["sampler"]), "CFG scale": f"{row['guidance_scale']:g}",
+             "Seed": row["seed"], "Size": f"{row['resolution']}x{row['resolution']}", "Model hash": row["base_sha256"][:10]}
+    if row["eta"]:
+        pairs["Eta"] = f"{row['eta']:g}"
+    hashes = ", ".join(f"{name}: {digest}" for name, _, digest in loras if digest)
+    if hashes:
+        pairs["Lora hashes"] = json.dumps(hashes, ensure_ascii=False)
+    return f"{row['prompt']}{tags}{negative}\n" + ", ".join(f"{name}: {value}" for name, value in pairs.items())
 
 
 def open_folder(out: Path, provenance: dict) -> None:
@@ -273,7 +326,7 @@ def open_folder(out: Path, provenance: dict) -> None:
         changed = [key for key in ("base_sha256", "loras", "settings") if old.get(key) != json.loads(json.dumps(provenance[key]))]
         if changed:
             what = (
-                [key for key in provenance["settings"] if old["settings"].get(key) != provenance["settings"][key]]
+                [key for key in old["settings"] | provenance["settings"] if old["settings"].get(key) != provenance["settings"].get(key)]
                 if changed == ["settings"]
                 else changed
             )

@@ -60,6 +60,8 @@ def parse(argv=None):
         "--holdout", type=cli.number(float, low=0, high=0.9), default=0.0, help="share of training patients held back and validated on"
     )
     group = parser.add_argument_group("while it runs")
+    group.add_argument("--recipe", metavar="FILE", help="flags from a JSON or YAML file, as a run's args.json; the line wins")
+    group.add_argument("--log", choices=("none", "tensorboard"), default="none", help="also write curves to RUN/tensorboard")
     group.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
     group.add_argument("--checkpoint-every", type=cli.number(int, low=1), default=100, help="steps between checkpoints")
     group.add_argument("--val-every", type=cli.number(int, low=1), default=100, help="steps between validations")
@@ -68,7 +70,7 @@ def parse(argv=None):
     group.add_argument("--sample-count", type=cli.number(int, low=0), default=8, help="tiles on a sample sheet; 0: none")
     group.add_argument("--sample-steps", type=cli.number(int, low=1, high=1000), default=30, help="DDIM steps of a sample")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    return parser.parse_args(argv)
+    return parser.parse_args(cli.with_recipe(parser, argv))
 
 
 def main(argv=None) -> None:
@@ -148,7 +150,7 @@ def train(flags: dict, out: Path, resume: bool, stop: cli.Stop) -> None:
     done = at.step
     if done > recipe.steps:
         raise ValueError(f"{out} has done {done} steps already: --steps {recipe.steps} is fewer")
-    log = watch.Log(out, device, tiles.rows, done, batch_size, writes=first_rank)
+    log = watch.Log(out, device, tiles.rows, done, batch_size, writes=first_rank, curves=flags["log"] == "tensorboard")
     if first_rank:
         log.open(done)
         if done == recipe.steps or (done and not lora_of_step(out, done).is_file()):

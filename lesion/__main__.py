@@ -14,6 +14,7 @@ COMMANDS = {
     "study": ("lesion.web.study", "ask readers which tiles are real"),
     "pretrain": ("lesion.mini.pretrain", "train the built-in base model"),
     "verify": ("lesion.report.verify", "recompute every hash and number of what the commands wrote"),
+    "convert": ("lesion.sd.convert", "make safetensors of a pickled checkpoint (.ckpt, .bin, .pt), running nothing in it"),
     "bench": ("lesion.bench.measure", "measure training and generation"),
     "tour": ("lesion.mini.tour", "the whole idea in minutes: demo tiles, LoRA, synthetic tiles, arms, report"),
 }

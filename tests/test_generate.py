@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from lesion.lora import formats, layers
 from lesion.run import files, sheets
@@ -172,6 +174,74 @@ def test_a_lora_of_nothing_here_is_refused(base, networks, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_empty_prompt_is_a_prompt(base, tmp_path):
+    """--prompt "" draws with the empty prompt: no data set is asked for, and the manifest says so."""
+    generate.main([*map(str, ["--base", base, "--prompt", "", "--out", tmp_path / "a", "--count", 1, "--steps", 1, "--resolution", 64])])
+    assert files.read_manifest(tmp_path / "a")[0]["prompt"] == ""
+    one = json.loads((tmp_path / "a" / "provenance.json").read_text())["settings"]
+    assert one["prompts_sha256"] == files.sha256_json([""])
+
+
+@pytest.mark.parametrize("value", ["abc", "-64", "0", "100", "99999999999", "1e3", "", "nan"])
+def test_a_loras_resolution_is_checked(base, networks, tmp_path, value):
+    """`lesion_resolution` of a stranger's file passes the same check as --resolution: one line, no traceback, no huge picture."""
+    known = {"resolution": value, "label": "malignant", "base_sha256": "ab" * 32}
+    file = write_lora(tmp_path / "l.safetensors", random_lora(networks, 1), **known)
+    with pytest.raises(ValueError, match="lesion_resolution that cannot be drawn") as error:
+        draw(base, tmp_path / "out", "--lora", file, count=1)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_lora_alpha(base, networks, tmp_path, capsys):
+    """--lora-alpha gives a file without alpha its strength: the picture is that of the file that says it; without the flag a note
+    says scale 1."""
+    factors = {name: layers.Factors(part.down, part.up, 6.0) for name, part in random_lora(networks, 1, strength=0.2).items()}
+    write_lora(tmp_path / "said.safetensors", factors)
+    tensors = {f"{name}.{role}": value for name, part in factors.items() for role, value in (
+        ("lora_A.weight", part.down), ("lora_B.weight", part.up))}
+    save_file(tensors, tmp_path / "silent.safetensors")
+    said = draw(base, tmp_path / "a", "--lora", tmp_path / "said.safetensors", count=1)
+    capsys.readouterr()
+    silent = draw(base, tmp_path / "b", "--lora", tmp_path / "silent.safetensors", count=1)
+    assert "note: " in (out := capsys.readouterr().out)
+    assert "read at scale 1" in out
+    given = draw(base, tmp_path / "c", "--lora", tmp_path / "silent.safetensors", "--lora-alpha", 6, count=1)
+    assert (given == said).all()
+    assert (silent != said).any()
+
+
+def test_another_vae(base, tiny, tmp_path):
+    """--vae of the same weights draws the same picture, of others another one; the base's hash follows."""
+    plain = draw(base, tmp_path / "a", count=1)
+    same = draw(base, tmp_path / "b", "--vae", base / "vae", count=1)
+    shutil.copytree(base / "vae", tmp_path / "vae")
+    weights = load_file(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    save_file({key: value * 0.9 for key, value in weights.items()}, tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    other = draw(base, tmp_path / "c", "--vae", tmp_path / "vae", count=1)
+    assert (plain == same).all()
+    assert (plain != other).any()
+    hashes = [files.read_manifest(tmp_path / name)[0]["base_sha256"] for name in "abc"]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_a_lora_in_two_parts(base, networks, tmp_path):
+    """A folder with unet/ and text_encoder/ adapters draws what one file with both draws; its hash is of both files."""
+    factors = random_lora(networks, 1)
+    write_lora(tmp_path / "one.safetensors", factors)
+    for part in networks:
+        (tmp_path / "two" / part).mkdir(parents=True)
+        write_lora(tmp_path / "two" / part / "adapter_model.safetensors", {
+            name: value for name, value in factors.items() if name.startswith(part)})
+    one = draw(base, tmp_path / "a", "--lora", tmp_path / "one.safetensors", count=1)
+    two = draw(base, tmp_path / "b", "--lora", tmp_path / "two", count=1)
+    assert (one == two).all()
+    used = json.loads((tmp_path / "b" / "provenance.json").read_text())["loras"][0]
+    assert used["file"] == str(tmp_path / "two")
+    hashes = [files.sha256_file(path) for path in formats.files(tmp_path / "two")]
+    assert used["sha256"] == files.sha256_bytes("".join(hashes).encode())
+
+
 def test_resolution_and_base_warnings(base, networks, tmp_path, capsys):
     """Other than the LoRA's training resolution or base: a warning. The resolution defaults to the LoRA's."""
     known = {"resolution": "128", "label": "melanoma", "base_sha256": "ab" * 32}
@@ -224,11 +294,39 @@ def test_provenance(base, lora, data, tmp_path):
             digest = files.sha256_file(tmp_path / "out" / row["file_name"])
             assert json.loads(image.text["lesion"]) | {"sha256": digest} == row
             line = image.text["parameters"].splitlines()
-        assert line[:2] == [row["prompt"], "Negative prompt: hair"]
+        assert line[:2] == [f"{row['prompt']} <lora:{lora.stem}:1>", "Negative prompt: hair"]
         assert line[2].startswith(f"Steps: 3, Sampler: DDIM, CFG scale: 7.5, Seed: {5 + i}, Size: 64x64, Model hash: ")
     assert {row["prompt"] for row in rows} <= {"plain text", "another text", f"{PROMPT}, under 3 mm across"}
     with Image.open(tmp_path / "out" / "grid.png") as grid:
         assert grid.size == (3 * 70 + 6, 76)
+
+
+def parsed_by_a1111(text):
+    """A1111's own rules (modules/infotext_utils.py): the last line holds the pairs if there are three, a quoted value is JSON; what
+    comes before is the prompt up to a line that begins with "Negative prompt:"."""
+    pair = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+    *lines, last = text.strip().split("\n")
+    assert len(pair.findall(last)) >= 3
+    prompt, negative, at_negative = [], [], False
+    for line in lines:
+        if line.startswith("Negative prompt:"):
+            at_negative, line = True, line.removeprefix("Negative prompt:").strip()
+        (negative if at_negative else prompt).append(line)
+    values = {name: json.loads(value) if value[:1] == value[-1:] == '"' else value for name, value in pair.findall(last)}
+    return "\n".join(prompt), "\n".join(negative), values
+
+
+def test_parameters_are_read_by_a1111s_rules():
+    """Sampler names, LoRA tags with their weights, hashes in quotes, an empty negative prompt left out, a negative seed's size."""
+    row = {"prompt": "a lesion, dark: very", "negative_prompt": "", "sampler": "dpmpp", "steps": 20, "guidance_scale": 7.5, "seed": 3,
+           "resolution": 128, "base_sha256": "0123456789abcdef", "eta": 0.0}
+    prompt, negative, values = parsed_by_a1111(generate.as_parameters(row, [("malignant-phase2", 0.8, "abcdef012345"), ("b", 1.0, "")]))
+    assert (prompt, negative) == ("a lesion, dark: very <lora:malignant-phase2:0.8> <lora:b:1>", "")
+    assert values == {"Steps": "20", "Sampler": "DPM++ 2M", "CFG scale": "7.5", "Seed": "3", "Size": "128x128",
+                      "Model hash": "0123456789", "Lora hashes": "malignant-phase2: abcdef012345"}
+    row |= {"negative_prompt": "hair, ruler", "sampler": "ddim", "eta": 0.5}
+    prompt, negative, values = parsed_by_a1111(generate.as_parameters(row))
+    assert (prompt, negative, values["Sampler"], values["Eta"]) == ("a lesion, dark: very", "hair, ruler", "DDIM", "0.5")
 
 
 def test_without_a_lora(base, tmp_path):
@@ -414,7 +512,7 @@ def test_tiles_without_text(base, tmp_path):
 
 
 BAD_FLAGS = """--steps 0|--steps 1001|--eta 1.5|--guidance-scale inf|--seed -1|--seed 4294967296|--lora x:nan|
---resolution 100|--prompt a --prompts-from b|--draw balanced|--sampler euler"""
+--resolution 100|--prompt a --prompts-from b|--draw balanced|--sampler euler|--sampler dpmpp --eta 1|--lora-alpha x"""
 
 
 @pytest.mark.parametrize("flags", [flags.split() for flags in BAD_FLAGS.split("|")], ids=" ".join)

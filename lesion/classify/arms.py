@@ -40,6 +40,7 @@ CONTRASTS = {
     ("W1", "S2w"): "synthetic tiles added under a weighted loss",
     ("O1", "S2"): "synthetic tiles in place of the real ones a second time, at the same class balance",
 }
+PRIMARY = ("O1", "S2")  # the contrast that decides, in AUROC, named before any run (docs/PROTOCOL.md)
 
 
 # ------------------------------------------------------------------------------------------------ splits

@@ -13,18 +13,19 @@ from lesion.stats import fidelity, memorisation
 from lesion.tiles.decode import load_tiles
 
 
-def check(args) -> list[dict]:
+def check(data: Path, folders: list[Path], features_from: Path | None = None) -> list[dict]:
     """One row a LoRA's folder: n, held_out; KID to its held-out tiles of its own tiles, of the real tiles it saw (the floor) and of each
     folder that was drawn without a LoRA; and the median distance by pixels to the nearest tile it saw, of its tiles and of the held-out
     real ones. ValueError for a folder without provenance, or if none was drawn with a LoRA."""
-    extractor = features.choose(args.features)
+    extractor = features.choose(features_from)
 
     def features_of(folder, rows):
         images_u8 = load_tiles(folder, rows, 128).images_u8
         return features.cached(extractor, images_u8, Path(folder) / ".cache"), images_u8
-    rows = [row for row in files.read_manifest(args.data) if row["label"] == "malignant"]
-    vectors, images_u8 = features_of(args.data, rows)
-    sets = {folder: (seen_by(folder), *features_of(folder, files.read_manifest(folder))) for folder in args.samples}
+
+    rows = [row for row in files.read_manifest(data) if row["label"] == "malignant"]
+    vectors, images_u8 = features_of(data, rows)
+    sets = {folder: (seen_by(folder), *features_of(folder, files.read_manifest(folder))) for folder in folders}
     if not any(seen for seen, *_ in sets.values()):
         raise ValueError("none of the folders of --samples was drawn with a LoRA")
     result = []

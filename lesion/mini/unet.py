@@ -1,18 +1,21 @@
-"""Second stage of `python -m lesion pretrain`: a small vocabulary, the text encoder and the U-Net of `mini`, trained together.
+"""Stage `unet` of `python -m lesion pretrain`: a small vocabulary, the text encoder and the U-Net of `mini`, trained together.
 
 Reads OUT/vae (stage one) and the sentences of the prepared data set; writes the rest of an SD 1.5 folder. The loss is noise
-prediction (arXiv:2006.11239, eq. 14) with min-SNR weights (arXiv:2303.09556). Proven by tests/mini/test_pretrain.py.
+prediction (arXiv:2006.11239, eq. 14) with min-SNR weights (arXiv:2303.09556). Proven by tests/mini/test_unet.py and
+tests/mini/test_pretrain.py.
 """
 import re
-import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lesion.describe import prompts
-from lesion.mini import pretrain
+from lesion.mini import loop
+from lesion.mini import vae as autoencoder
+from lesion.mini.loop import Recipe, Sitting
 from lesion.run import cli, devices, files, sheets
 from lesion.sd import checkpoint, pipeline, schedule
 from lesion.sd.clip import CLIPTextConfig, CLIPTextEncoder, Tokenizer
@@ -26,6 +29,7 @@ WIDTHS, HEADS, GROUPS = (48, 80, 96, 80), 4, 8
 TEXT_WIDTH, TEXT_MLP, TEXT_LAYERS = 128, 384, 3
 VIEWS = (0, 4)  # as it is, and mirrored: fourteen thousand pictures to encode
 MIN_SNR_GAMMA = 5.0
+STEERED = ("skin_tone", "size", "color", "other_colors")  # whose rare words --rare-power favours
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -64,7 +68,7 @@ def byte_pairs(words: list[str]) -> list[tuple[str, str]]:
                 i += 1
 
 
-def write_tokenizer(folder) -> int:
+def write_tokenizer(folder: Path) -> int:
     """Write vocab.json, merges.txt and tokenizer_config.json in CLIP's format; the size of the vocabulary."""
     merges = byte_pairs(vocabulary_words())
     symbols = byte_symbols()
@@ -89,131 +93,115 @@ def build(vocabulary: int, seed: int) -> Denoiser:
     return Denoiser(unet.to(memory_format=torch.channels_last), text_encoder)
 
 
-def train(args) -> None:
-    images_u8, rows = pretrain.benign_training_tiles(args.data, 128)
-    vae = load_vae(args.out)
-    count = len(rows) - pretrain.CHECK_TILES
-    chosen, view_number = plan(count, args.batch_size, args.steps, args.seed, len(VIEWS))
-    views = np.array(VIEWS)[view_number]
-    check = [(i, 0) for i in range(count, len(rows))]
-    pairs = np.concatenate([np.unique(np.stack([chosen.ravel(), views.ravel()], 1), axis=0), check])
-    mean, logvar = encode(vae, images_u8, pairs, args.data / ".cache", torch.device("cpu"),
-                                lambda items: cli.progress(items, desc="latents", unit="tile"))
-    tokenizer_folder = args.out / "tokenizer"
-    model = build(write_tokenizer(tokenizer_folder), args.seed)
-    tokenizer = Tokenizer(tokenizer_folder)
-    sd = checkpoint.StableDiffusion(model.unet, vae, model.text_encoder, tokenizer, str(args.out))
-    texts = Texts(sd, [row["text"] for row in rows], trained=True, say=print)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    ema = {key: value.clone() for key, value in model.state_dict().items()}
-    first = pretrain.resume(args, "unet", model, ema, optimizer)
-    began, last = time.monotonic(), first
-    bar = cli.progress(range(first, args.steps), initial=first, total=args.steps, desc="unet", unit="step")
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = pretrain.learning_rate(args, step)
-        tile, view = chosen[step], views[step]
-        draws = draw_step(args.seed, step, (args.batch_size, *mean.shape[2:]), caption_dropout=args.caption_dropout)
+# ------------------------------------------------------------------------------------------------------------ training
+
+def train(recipe: Recipe, sitting: Sitting) -> None:
+    """Stage unet, from its checkpoint if there is one; whenever a sitting ends, the averaged weights are written.
+
+    With --start the networks begin with that model's weights: its latents must be those of OUT/vae. ValueError otherwise.
+    """
+    images_u8, rows = loop.benign_training_tiles(sitting.data, 128)
+    vae = autoencoder.load(sitting.out)
+    count = len(rows) - loop.CHECK_TILES
+    tile_of_step, views = schedule_of_tiles(rows[:count], recipe)
+    held = np.array([(i, 0) for i in range(count, len(rows))])
+    pairs = np.concatenate([np.unique(np.stack([tile_of_step.ravel(), views.ravel()], 1), axis=0), held])
+    mean, logvar = encode(vae, images_u8, pairs, sitting.data / ".cache", torch.device("cpu"),
+                          lambda items: cli.progress(items, desc="latents", unit="tile"))
+    model = build(write_tokenizer(sitting.out / "tokenizer"), recipe.seed)
+    if sitting.start:
+        begin_with(model, sitting.start, vae)
+    sd = checkpoint.StableDiffusion(model.unet, vae, model.text_encoder, Tokenizer(sitting.out / "tokenizer"), str(sitting.out))
+    texts = Texts(sd, [row["text"] for row in rows], trained=True)
+
+    def losses(step: int) -> dict[str, Tensor]:
+        tile, view = tile_of_step[step], views[step]
+        draws = draw_step(recipe.seed, step, (recipe.batch_size, *mean.shape[2:]), caption_dropout=recipe.caption_dropout)
         latents = posterior_sample(mean[tile, view], logvar[tile, view], draws.posterior, sd.latent_scale)
-        error = noise_error(model, latents.to(memory_format=torch.channels_last), draws.noise, draws.timesteps,
-                            **texts(tile, draws.dropped))
-        loss = (schedule.min_snr_weight(draws.timesteps, MIN_SNR_GAMMA) * error).mean()
-        if not torch.isfinite(loss):
-            raise ValueError(f"loss is {loss.item()} at step {step}: lower --lr; the last checkpoint is kept")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        pretrain.ema_update(ema, model, args.ema, step)
-        if step % 50 == 0:
-            bar.set_postfix_str(f"loss {loss.item():.4f}")
-        stop = step + 1 == args.stop_at or (args.stop_after_minutes and (time.monotonic() - began) / 60 > args.stop_after_minutes)
-        if (step + 1) % args.checkpoint_every == 0 or step + 1 == args.steps or stop:
-            last = step + 1
-            held = {"check_error": check_error(sd, model, ema, mean, texts, check, args)}
-            files.append_jsonl(
-                args.out / "unet.jsonl", {"step": last, "lr": pretrain.learning_rate(args, step), "loss": loss.item(), **held}
-            )
-            pretrain.save_checkpoint(args, "unet", model, ema, optimizer, last)
-            with averaged(model, ema):
-                sample_sheet(sd, rows, args, args.out / "samples" / f"unet-{last:06d}.png")
-            bar.write(f"step {last}: error on held-back training tiles {held['check_error']:.4f}")
-        if stop:
-            break
-    export(args, model, ema, rows, tokenizer_folder)
+        with devices.autocast(torch.device("cpu"), recipe.precision):
+            error = noise_error(model, latents.to(memory_format=torch.channels_last), draws.noise, draws.timesteps,
+                                **texts(tile, draws.dropped))
+        return {"loss": (schedule.min_snr_weight(draws.timesteps, MIN_SNR_GAMMA) * error).mean()}
+
+    def check(step: int, ema: dict[str, Tensor]) -> dict[str, float]:
+        with loop.averaged(model, ema):
+            sample_sheet(sd, rows, sitting.out / "samples" / f"unet-{step:06d}.png")
+            return {"check_error": check_error(sd, model, mean[count:, 0], texts(np.arange(count, len(rows))), recipe.seed)}
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    ema, sittings, _ = loop.train(loop.Stage("unet", model, optimizer, losses, check, {}), recipe, sitting)
+    export(sitting.out, model, ema, loop.origin(rows, sittings))
 
 
-def load_vae(folder):
-    """OUT/vae as the loader reads it. ValueError where stage one has not ended."""
-    from lesion.sd.checkpoint import assign, read_tensors
-    from lesion.sd.vae import VAE, VAEConfig
-    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: run --stage vae first")
-    with torch.device("meta"):
-        vae = VAE(VAEConfig(pretrain.VAE_WIDTHS, norm_num_groups=pretrain.GROUPS))
-    assign(vae, read_tensors(path), path, {})
-    return vae.float().eval().requires_grad_(False)
+def schedule_of_tiles(rows: list[dict], recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
+    """(tile, view) of every step, int64 [steps, B]: equally often, or with rare_power tiles of rare words more often."""
+    shape = (recipe.steps, recipe.batch_size)
+    tile, number = plan(len(rows), recipe.batch_size, recipe.steps, recipe.seed, len(VIEWS))
+    if recipe.rare_power:
+        weights = rare_weights(rows, recipe.rare_power)
+        tile = np.random.default_rng([recipe.seed, 6]).choice(len(rows), shape, p=weights / weights.sum())
+    return tile, np.array(VIEWS)[number]
 
 
-class averaged:
-    """A context in which the model has its averaged weights."""
+def rare_weights(rows: list[dict], power: float) -> np.ndarray:
+    """[N]: (1 / frequency of the tile's rarest steered word) ** power, at most 10 times the smallest."""
+    values = [{(name, value) for name in STEERED for value in np.atleast_1d((row.get("attributes") or {}).get(name) or [])}
+              for row in rows]
+    counts = Counter(value for some in values for value in some)
+    rarest = np.array([min((counts[value] for value in some), default=len(rows)) for some in values])
+    weights = (len(rows) / rarest) ** power
+    return np.minimum(weights, 10 * weights.min())
 
-    def __init__(self, model: nn.Module, ema: dict):
-        self.model, self.ema = model, ema
 
-    def __enter__(self) -> None:
-        self.kept = {key: value.clone() for key, value in self.model.state_dict().items()}
-        self.model.load_state_dict(self.ema)
-
-    def __exit__(self, *_) -> None:
-        self.model.load_state_dict(self.kept)
+def begin_with(model: Denoiser, folder: Path, vae: nn.Module) -> None:
+    """Load the U-Net and text encoder of another model of this kind. ValueError if its encoder makes other latents."""
+    other = checkpoint.load(str(folder))
+    own, theirs = vae.state_dict(), other.vae.state_dict()
+    if any(not torch.equal(own[key], theirs[key]) for key in own if key.startswith(("encoder.", "quant_conv."))):
+        raise ValueError(f"--start {folder} was trained on latents of another autoencoder than OUT/vae: train from scratch")
+    model.unet.load_state_dict(other.unet.state_dict())
+    model.text_encoder.load_state_dict(other.text_encoder.state_dict())
 
 
 @torch.no_grad()
-def check_error(sd, model, ema, mean, texts, check, args) -> float:
-    """Unweighted noise prediction error of the averaged weights on the held-back training tiles, fixed timesteps and noise."""
-    tile = np.array([i for i, _ in check])
-    t = torch.arange(len(tile)) * schedule.STEPS // len(tile)
-    latents = sd.latent_scale * mean[tile, 0]
-    noise = torch.randn(latents.shape, generator=devices.generator(args.seed, 0, 8))
-    with averaged(model, ema):
-        return noise_error(model, latents, noise, t, **texts(tile)).mean().item()
+def check_error(sd: checkpoint.StableDiffusion, model: Denoiser, mean: Tensor, texts: dict, seed: int) -> float:
+    """Unweighted noise prediction error on latent means [N,4,h,w] with their texts, at fixed timesteps and noise."""
+    t = torch.arange(len(mean)) * schedule.STEPS // len(mean)
+    latents = sd.latent_scale * mean
+    noise = torch.randn(latents.shape, generator=devices.generator(seed, 0, 8))
+    return noise_error(model, latents, noise, t, **texts).mean().item()
 
 
 @torch.no_grad()
-def sample_sheet(sd, rows, args, path, count: int = 24, guidance_scale: float = 3.0) -> None:
-    """Tiles drawn from the held-back tiles' sentences, fixed seeds."""
+def sample_sheet(sd: checkpoint.StableDiffusion, rows: list[dict], path: Path, count: int = 24, guidance_scale: float = 3.0) -> None:
+    """A contact sheet of tiles drawn from the held-back tiles' sentences, fixed seeds."""
     some = [row["text"] for row in rows[-count:]]
     context, negative = pipeline.encode_prompts(sd, some), pipeline.encode_prompts(sd, [""] * count)
     latents = pipeline.draw(sd, context, negative, list(range(count)), 128, steps=30, guidance_scale=guidance_scale)
     sheets.save_png(path, sheets.contact_sheet(to_images_u8(pipeline.decode(sd, latents))))
 
 
-def export(args, model: Denoiser, ema: dict, rows: list[dict], tokenizer_folder) -> None:
+def export(out: Path, model: Denoiser, ema: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write OUT/unet, OUT/text_encoder, OUT/scheduler and OUT/model_index.json from the averaged weights, float16."""
-    from safetensors.torch import save
-
-    from lesion.run.state import in_order
     cross = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
-    files.write_json(args.out / "unet" / "config.json", {
+    files.write_json(out / "unet" / "config.json", {
         "_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4, "sample_size": 16, "layers_per_block": 2,
         "block_out_channels": list(WIDTHS), "cross_attention_dim": TEXT_WIDTH, "attention_head_dim": HEADS, "norm_num_groups": GROUPS,
         "down_block_types": cross, "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3})
     vocabulary = model.text_encoder.config.vocab_size
-    files.write_json(args.out / "text_encoder" / "config.json", {
+    files.write_json(out / "text_encoder" / "config.json", {
         "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": vocabulary, "hidden_size": TEXT_WIDTH,
         "intermediate_size": TEXT_MLP, "num_hidden_layers": TEXT_LAYERS, "num_attention_heads": 4, "max_position_embeddings": 77,
         "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1,
         "pad_token_id": vocabulary - 1, "projection_dim": TEXT_WIDTH})
-    files.write_json(args.out / "scheduler" / "scheduler_config.json", {
+    files.write_json(out / "scheduler" / "scheduler_config.json", {
         "_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
         "num_train_timesteps": 1000, "set_alpha_to_one": False, "steps_offset": 1, "prediction_type": "epsilon"})
-    files.write_json(args.out / "model_index.json", {
+    files.write_json(out / "model_index.json", {
         "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.6.0", "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"], "scheduler": ["diffusers", "DDIMScheduler"], "safety_checker": [None, None],
         "feature_extractor": [None, None], "requires_safety_checker": False})
     for name, stem in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
-        state = {key.removeprefix(name + "."): value.half().contiguous() for key, value in ema.items() if key.startswith(name + ".")}
-        files.write_bytes(args.out / name / f"{stem}.safetensors", in_order(save(state, metadata=pretrain.origin(args, rows))))
+        state = {key.removeprefix(name + "."): value for key, value in ema.items() if key.startswith(name + ".")}
+        loop.write_weights(out / name / f"{stem}.safetensors", state, metadata)

@@ -10,21 +10,25 @@ from pathlib import Path
 import numpy as np
 
 from lesion.classify import predictions
-from lesion.classify.arms import ARMS, CONTRASTS
+from lesion.classify.arms import ARMS, CONTRASTS, PRIMARY
 from lesion.report import plots
 from lesion.report.page import difference, figure, heading, interval, number, p_value, paragraph, table
 from lesion.run import files
 from lesion.stats import classification, comparison, inference
 from lesion.tiles.seen import tile_id
 
-KEY = (("O1", "S2"), ("A1", "S2"), ("W1", "S2w"))  # which contrast the headline rests on: the first that was run
+KEY = (PRIMARY, ("A1", "S2"), ("W1", "S2w"))  # which contrast the headline rests on: the first that was run
 METHOD = (
-    "A figure is the mean over training seeds. Its interval holds two uncertainties, drawn together {resamples:,} "
-    "times: other {unit} (bootstrap, stratified by class{whole}) and other training runs (bootstrap over seeds). AUROC "
-    "is compared by DeLong's test over {unit} and seeds, everything else by the bootstrap, the same draws for both "
-    "arms; p is corrected over the contrasts by Holm, metric by metric. A contrast is called supported or harmful "
-    "where the corrected p is below .05, else not distinguishable. AUROC is the primary figure; the other metrics are "
-    "not corrected against each other. The chosen threshold maximises recall + specificity on validation tiles.")
+    "A figure is the mean over training seeds. Its interval holds for other {unit} and other training runs alike: the "
+    "variance between runs and what other {unit} would change in all of them (covariances by DeLong for differences of "
+    "AUROC, by {resamples:,} bootstrap resamples stratified by class{whole} for all else) are added as Obuchowski & "
+    "Rockette (1995) add readers and cases, with a t reference. With one seed it holds for that one run. The primary "
+    "contrast, named beforehand, is {primary} in AUROC; its p stands as it is. All others are exploratory, their p "
+    "corrected over the contrasts by Holm, metric by metric, and not between metrics. A contrast is supported or harmful "
+    "where that p is below .05 and at least 3 seeds were trained, else not distinguishable. No interval and no verdict is "
+    "given where, by simulation, it would not hold (docs/PROTOCOL.md): under {least} patients with malignant or benign "
+    "tiles, with 2 seeds, for ECE, and for some metrics with few malignant tiles. The chosen threshold maximises recall + "
+    "specificity on validation tiles.")
 
 
 def build(folder: Path, data: Path | None, shown: tuple[str, str] = ("W1", "S2"),
@@ -36,7 +40,7 @@ def build(folder: Path, data: Path | None, shown: tuple[str, str] = ("W1", "S2")
     """
     runs = predictions.read_runs(folder)
     args = json.loads((folder / "args.json").read_text(encoding="utf-8")) if (folder / "args.json").is_file() else {}
-    results = comparison.analyse(runs, CONTRASTS, progress=progress)
+    results = comparison.analyse(runs, CONTRASTS, primary=PRIMARY, progress=progress)
     results["subgroups"] = comparison.subgroups(runs, groups_of(data, runs)) if data else []
     results["run"] = {key: args.get(key) for key in ("arch", "weights", "image_size", "epochs", "batch_size", "lr",
                                                      "augmentation", "weight_power", "ratio", "max_benign", "folds",
@@ -75,21 +79,52 @@ def finding(results: dict) -> str:
         return ("No two arms that differ in synthetic tiles alone were run: nothing is claimed about synthetic tiles "
                 "here.")
     row = rows[key]
-    cell = row["metrics"]["auroc"]
-    than = {"O1": "than repeating the real malignant tiles does", "A1": "than leaving them out",
-            "W1": "than leaving them out, under a weighted loss"}[key[0]]
-    numbers = f"(AUROC of {key[1]} minus {key[0]}: {difference(cell)}, corrected p {p_value(cell['p_holm'])})"
-    if cell["verdict"] == comparison.SUPPORTED:
-        text = f"Supported: synthetic malignant tiles rank test tiles better {than} {numbers}."
-    elif cell["verdict"] == comparison.HARMFUL:
-        text = f"Harmful: synthetic malignant tiles rank test tiles worse {than} {numbers}."
-    else:
-        text = (f"Not distinguishable: these runs do not show that synthetic malignant tiles rank test tiles better or "
-                f"worse {than} {numbers}. With {results['malignant']} malignant test tiles only a difference of about "
-                f"{row['detectable_auroc']:.2f} or more would be found four times in five.")
-    if key[0] != "O1":
-        text += " O1, the control for the changed class balance, was not run: a gain could come from the balance alone."
+    text = _judged(row, results)
+    if key != PRIMARY:
+        text += (f" {PRIMARY[0]}, the control for the changed class balance, was not run: a gain could come from the balance "
+                 "alone, and this contrast is exploratory.")
     return text
+
+
+def _judged(row, results):
+    cell, runs = row["metrics"]["auroc"], len(row["seeds"])
+    than = {"O1": "than repeating the real malignant tiles does", "A1": "than leaving them out",
+            "W1": "than leaving them out, under a weighted loss"}[row["first"]]
+    p = "p" if row["primary"] else "corrected p"
+    numbers = f"(AUROC of {row['second']} minus {row['first']}: {difference(cell)}, {p} {p_value(cell['p_holm'])})"
+    what = "synthetic malignant tiles rank test tiles"
+    if cell["verdict"] == comparison.SUPPORTED:
+        return f"Supported: {what} better {than} {numbers}."
+    if cell["verdict"] == comparison.HARMFUL:
+        return f"Harmful: {what} worse {than} {numbers}."
+    if cell["verdict"] in (comparison.BETTER, comparison.WORSE):
+        word = "better" if cell["verdict"] == comparison.BETTER else "worse"
+        return (f"In this one run {what} {word} {than} {numbers}. One training run cannot support a claim about the next: "
+                f"at least {inference.LEAST_RUNS} are needed.")
+    numbers = f"(AUROC of {row['second']} minus {row['first']}: {difference(cell)})"
+    if cell["verdict"] == comparison.TOO_FEW:
+        return (f"Too few for a verdict: {_too_few(results, runs)}, so whether {what} better or worse {than} is not judged "
+                f"{numbers}.")
+    if cell["verdict"] == comparison.NO_VALUE:
+        return (f"Cannot be computed: the scores leave no error to judge by, as where an arm's scores never vary or rank the "
+                f"test tiles perfectly, or both arms rank them alike; whether {what} better {than} is open {numbers}.")
+    text = (f"Not distinguishable: {'this one run does' if runs == 1 else 'these runs do'} not show that {what} better or "
+            f"worse {than} {numbers[:-1]}, {p} {p_value(cell['p_holm'])}).")
+    if row["detectable_auroc"]:
+        again = "one training run" if runs == 1 else f"{runs} training runs"
+        text += (f" With {results['malignant']} malignant test tiles and {again} only a difference of about "
+                 f"{row['detectable_auroc']:.2f} or more would be found four times in five.")
+    return text
+
+
+def _too_few(results, runs):
+    least = inference.LEAST_PATIENTS
+    for what, count in (("malignant", results["carriers"]), ("benign", results["healthy"])):
+        if count < least:
+            return (f"test tiles that are {what} come from {count} {'patient' if count == 1 else 'patients'} and at least "
+                    f"{least} are needed")
+    return f"{runs} training runs tell too little of the next ones (one run is judged as it is, else at least " \
+           f"{inference.LEAST_RUNS} are needed)"
 
 
 def remarks(results: dict) -> list[str]:
@@ -103,12 +138,12 @@ def remarks(results: dict) -> list[str]:
                      + "; ".join(f"{word} for {_list(names)}" for word, names in words.items()) + ".")
         for limit, where in (("50", "at 0.5"), ("chosen", "at the chosen threshold")):
             recall, specificity = (row["metrics"][f"{name}_{limit}"] for name in ("recall", "specificity"))
-            if recall["verdict"] == comparison.SUPPORTED and specificity["verdict"] == comparison.HARMFUL \
-                    and row["metrics"]["auroc"]["verdict"] == comparison.UNCLEAR:
-                texts.append(f"{row['second']} finds more malignant tiles than {row['first']} {where} (recall "
-                             f"{difference(recall)}) and calls more benign tiles malignant (specificity "
+            if recall["verdict"] == comparison.SHIFTED:
+                more, less = ("more", "more") if recall["difference"] > 0 else ("fewer", "fewer")
+                texts.append(f"{row['second']} finds {more} malignant tiles than {row['first']} {where} (recall "
+                             f"{difference(recall)}) and calls {less} benign tiles malignant (specificity "
                              f"{difference(specificity)}), while the ranking is not distinguishable: a shifted "
-                             "threshold, not a better classifier.")
+                             f"threshold, not a {'better' if recall['difference'] > 0 else 'worse'} classifier.")
     return texts
 
 
@@ -118,12 +153,22 @@ def limits(results: dict) -> list[str]:
     texts = list(results["run"].get("notes") or [])
     if min(seeds) == 1:
         texts.append("At least one arm has a single training seed: a quick look, which says nothing of another run.")
+    elif min(seeds) < inference.LEAST_RUNS:
+        texts.append(f"{min(seeds)} training seeds are too few for an interval over runs (at least {inference.LEAST_RUNS} "
+                     "are needed): only the numbers are given.")
     elif min(seeds) < 5:
         texts.append(f"{min(seeds)} training seeds (5 are the protocol's least for a table): the part of the intervals "
                      "that is due to training is itself uncertain.")
-    if results["carriers"] < 50:
-        texts.append(f"{results['malignant']} malignant test tiles: simulated at 28, the 95 % intervals of AUPRC and "
-                     "pAUC hold the truth about 91 and 90 % of the time, those of AUROC and recall 94 % or more.")
+    if not results["enough_patients"]:
+        texts.append(f"{_too_few(results, 1)} for an interval or a verdict: only the numbers are given.")
+    else:
+        without = [metric.title for metric in classification.METRICS.values()
+                   if metric.least and results["malignant"] < metric.least]
+        if without:
+            texts.append(f"{results['malignant']} malignant test tiles: no interval is given for {_list(without)}, which "
+                         "simulated at such numbers does not hold the truth 93 to 97 % of the time.")
+    texts.append("ECE has no interval: with so few malignant tiles its estimate is too high by an amount that no resampling "
+                 "tells.")
     absent = [name for name in ARMS if name not in results["arms"]]
     if absent:
         texts.append(f"Not run: {_list(absent)}.")
@@ -161,7 +206,8 @@ def _title(name):
 
 def _blocks(results, figures, args):
     unit = "patients" if results["patients"] else "tiles"
-    method = METHOD.format(resamples=results["resamples"], unit=unit,
+    method = METHOD.format(resamples=results["resamples"], unit=unit, primary=" → ".join(PRIMARY),
+                           least=inference.LEAST_PATIENTS,
                            whole=", each with all its tiles" if results["patients"] else "")
     blocks = [heading("Do synthetic tiles help the classifier?"), paragraph(finding(results), lead=True),
               *map(paragraph, remarks(results)), paragraph(setting(results, args)), *map(paragraph, limits(results)),
@@ -183,7 +229,7 @@ def _blocks(results, figures, args):
 
 def _main_table(results):
     header = ["arm", "training tiles", "seeds", "recall at 0.5", "AUROC", f"AUPRC (chance {results['prevalence']:.3f})",
-              "published recall", "AUROC", "AUPRC (chance 0.038)"]
+              "published recall", "published AUROC", "published AUPRC (chance 0.038)"]
     rows = []
     for name, arm in results["arms"].items():
         published = ARMS[name].published
@@ -211,9 +257,13 @@ def _contrast_table(results):
     for row in results["contrasts"]:
         for name in classification.SHOWN["differences"]:
             cell = row["metrics"][name]
-            rows.append([f"{row['first']} → {row['second']}", classification.METRICS[name].title, difference(cell),
+            title = classification.METRICS[name].title
+            if row["primary"] and name == comparison.PRIMARY_METRIC:
+                title += " (primary)"
+            rows.append([f"{row['first']} → {row['second']}", title, difference(cell),
                          p_value(cell["p"]), p_value(cell["p_holm"]), cell["verdict"]])
-    return table("Differences, second arm minus first, with 95 % intervals; for Brier score and ECE less is better",
+    return table("Differences, second arm minus first, with 95 % intervals; for Brier score and ECE less is better. The "
+                 "primary test is not corrected, the others are exploratory",
                  ["contrast", "metric", "difference", "p", "p (Holm)", "verdict"], rows, text=(1, 5))
 
 
@@ -227,7 +277,7 @@ def _mcnemar_table(results):
                              *(str(cell[key]) for key in ("both", "first_only", "second_only", "neither")),
                              p_value(cell["p"])])
     return table("Test tiles decided rightly by both arms, by one, by neither (mean score over seeds; exact McNemar "
-                 "test, not corrected)",
+                 "test, not corrected, which takes tiles for independent and these seeds as they are)",
                  ["contrast", "tiles", "threshold", "both", "first only", "second only", "neither", "p"], rows,
                  text=(1, 2))
 
@@ -238,7 +288,8 @@ def _subgroup_table(results):
     for row in results["subgroups"]:
         cells = [_share(row["arms"][arm][name]) for name in ("recall", "specificity") for arm in arms]
         rows.append([row["attribute"], row["group"], str(row["n"]), str(row["malignant"]), *cells])
-    return table(f"Recall and specificity at the chosen threshold by group (too few: under {comparison.FEW} tiles)",
+    return table(f"Recall and specificity at the chosen threshold by group , with 95 % intervals "
+                 f"over patients (too few: under {comparison.FEW} patients)",
                  ["by", "group", "n", "malignant", *(f"recall {arm}" for arm in arms),
                   *(f"specificity {arm}" for arm in arms)], rows, text=(1,))
 
@@ -261,26 +312,20 @@ def draw(runs: dict, results: dict, shown: tuple[str, ...]) -> dict:
     if shown:
         figures["confusion"] = plots.confusion({arm: results["arms"][arm]["confusion"]["chosen"] for arm in shown},
                                                "at the chosen threshold, means over seeds")
-    rows = {}
-    for arm, seeds in runs.items():
-        scores = np.mean([run.scores for run in seeds.values()], axis=0)
-        rows[arm] = classification.reliability(next(iter(seeds.values())).labels, scores)
-        for row in rows[arm]:
-            row["low"], row["high"] = inference.clopper_pearson(row["malignant"], row["n"])
-    results["calibration"] = rows
+    rows = results["calibration"] = {arm: comparison.calibration(seeds) for arm, seeds in runs.items()}
     return figures | {"calibration": plots.calibration(rows), "narrow/calibration": plots.calibration(rows, columns=1)}
 
 
 def _figure(stem, results):
     arms = " and ".join(dict.fromkeys(f"{row['first']} with {row['second']}" for row in results["contrasts"]))
     return figure(stem, *{
-        "contrasts": ("Differences of the contrasts with 95 % intervals; filled: p < .05 after Holm's correction.",
+        "contrasts": ("Differences of the contrasts with 95 % intervals; filled: supported or harmful.",
                       "Dot-and-interval chart of the differences listed in the table above"),
         "curves": ("ROC (above) and precision-recall curves (below), means over seeds with pointwise 95 % bands; "
                    "dotted: chance.", f"ROC and precision-recall curves comparing {arms}"),
         "confusion": ("Confusion matrices: counts (means over seeds) and shares of each true class.",
                       "Confusion matrices side by side"),
-        "calibration": ("Calibration of the mean score over seeds: ten bins of equal count, exact 95 % intervals; "
+        "calibration": ("Calibration of the mean score over seeds: ten bins of equal count, 95 % intervals over patients; "
                         "dotted: perfect. Hollow: no malignant tile in the bin. A weighted loss and added malignant "
                         "tiles raise the scores by design.",
                         "Observed share malignant against mean score, one panel an arm"),

@@ -18,7 +18,8 @@ METHOD = (
     "on a scale from 1, surely synthetic, to 6, surely real; 4 and above counts as real.",
     "d' is the distance between real and synthetic in standard deviations, c the lean to say synthetic (Green & "
     "Swets 1966, log-linear correction of Hautus 1995). The pooled rows hold for other readers and other tiles alike "
-    "(Obuchowski & Rockette 1995, degrees of freedom of Hillis 2007). A reader's p is the exact binomial, two-sided, "
+    "(Obuchowski & Rockette 1995, degrees of freedom of Hillis 2007), shares and areas on the logit scale; two readers "
+    "are too few for an interval. A reader's p is the exact binomial, two-sided, "
     "corrected over readers by Holm.",
     "That readers \"could not tell\" is said only where two one-sided tests find d' within the margin: a missing "
     "difference is not equivalence.",
@@ -58,8 +59,9 @@ def _interval(row: dict, name: str, digits: int = 2) -> str:
     return page.interval(row, digits=digits)
 
 
-def _share(middle: float, low: float, high: float) -> str:
-    return f"{middle:.0%} [{max(low, 0):.0%},\u00a0{min(high, 1):.0%}]"
+def _share(middle: float, low: float | None, high: float | None) -> str:
+    """"66% [52%, 78%]", without the brackets where there is no interval."""
+    return f"{middle:.0%}" if low is None else f"{middle:.0%} [{low:.0%},\u00a0{high:.0%}]"
 
 
 def _readers(results: dict) -> dict:
@@ -72,7 +74,8 @@ def _readers(results: dict) -> dict:
         rows.append([row["reader"], f"{row['hits']} of {row['signals']}, {real}",
                      f"{row['noises'] - row['false_alarms']} of {row['noises']}, {synthetic}", correct,
                      p_value(row["p"]), p_value(row["p_holm"]), _interval(row, "d_prime"),
-                     number(row["criterion"], 2), _interval(row, "area"), number(row.get("seconds"), 1)])
+                     number(row["criterion"], 2), _interval(row, "area"),
+                     number(row["seconds"], 1) + (" (too fast)" if row["hasty"] else "")])
     published = reader_study.together(*reader_study.PUBLISHED)
     for name, heap in (("all answers, uncorrected", results["total"]), ("published study, all answers", published)):
         spotted = heap["noises"] - heap["false_alarms"]
@@ -94,8 +97,9 @@ def _pooled(results: dict) -> dict:
                      page.interval(row, "estimate", 2), number(row["df"], 1), number(row["reader_sd"], 2)])
     same = results["equivalence"]
     rows.append([f"d' within ±{same['margin']:g} (TOST)", f"p = {p_value(same['p'])}", "", ""])
-    return table("All readers: mean and 95 % interval for other readers and other tiles. If d' were 0, a study like "
-                 f"this would show equivalence with a chance of {same['power']:.0%}.",
+    said = "two readers are too few for an interval" if same["power"] is None else \
+        f"if d' were 0, a study like this would show equivalence with a chance of {same['power']:.0%}"
+    return table(f"All readers: mean and 95 % interval for other readers and other tiles; {said}.",
                  ["figure", "estimate", "degrees of freedom", "sd between readers"], rows)
 
 
@@ -119,7 +123,8 @@ def _malignancy(results: dict) -> dict:
     difference = found["difference"]
     pooled = [_share(*(found[name][key] for key in ("estimate", "low", "high"))) for name in ("real", "synthetic")]
     rows.append(["mean", *pooled,
-                 f"{difference['estimate']:+.0%} [{difference['low']:+.0%}, {difference['high']:+.0%}]"])
+                 f"{difference['estimate']:+.0%}" + (
+                     "" if difference["low"] is None else f" [{difference['low']:+.0%}, {difference['high']:+.0%}]")])
     return table("Tiles called malignant.", ["reader", "real", "synthetic", "difference"],
                  [[cell.replace("-", "−") if column else cell for column, cell in enumerate(row)] for row in rows])
 
@@ -143,6 +148,11 @@ def _bars(results: dict) -> dict:
                          f"Bars of identification rates. {said}.")
 
 
+def _end(pooled, end):
+    """An end of the pooled interval; the estimate itself, no bar, where there is none."""
+    return pooled["estimate"] if pooled[end] is None else pooled[end]
+
+
 def draw(results: dict, narrow: bool = False) -> Figure:
     """Left: share of real and of synthetic tiles each reader identified; right: d', the equivalence margin shaded.
     The pooled estimate stands below the readers; `narrow` puts d' below the shares. results: of
@@ -159,8 +169,8 @@ def draw(results: dict, narrow: bool = False) -> Figure:
                 ("synthetic", "synthetic tile called synthetic", sheets.VERMILION, "s", 0.13)):
             pooled = results["pooled"][f"{name}_rate"]
             middle = 100 * np.array([*(row[f"{name}_rate"] for row in readers), pooled["estimate"]])
-            low = 100 * np.array([*(row[f"{name}_low"] for row in readers), max(pooled["low"], 0)])
-            high = 100 * np.array([*(row[f"{name}_high"] for row in readers), min(pooled["high"], 1)])
+            low = 100 * np.array([*(row[f"{name}_low"] for row in readers), _end(pooled, "low")])
+            high = 100 * np.array([*(row[f"{name}_high"] for row in readers), _end(pooled, "high")])
             rates.errorbar(middle, np.append(places, bottom) + shift, xerr=[middle - low, high - middle], fmt=marker,
                            color=colour, markersize=5, linewidth=1.4, label=label)
         rates.axvline(50, color=sheets.GREY, linestyle="--", linewidth=1)
@@ -171,8 +181,8 @@ def draw(results: dict, narrow: bool = False) -> Figure:
         distance.axvspan(-margin, margin, color=sheets.GREY, alpha=0.2, linewidth=0, label=f"margin ±{margin:g}")
         distance.axvline(0, color=sheets.GREY, linestyle="--", linewidth=1)
         middle = np.array([*(row["d_prime"] for row in readers), pooled["estimate"]])
-        low = np.array([*(row["d_prime_low"] for row in readers), pooled["low"]])
-        high = np.array([*(row["d_prime_high"] for row in readers), pooled["high"]])
+        low = np.array([*(row["d_prime_low"] for row in readers), _end(pooled, "low")])
+        high = np.array([*(row["d_prime_high"] for row in readers), _end(pooled, "high")])
         distance.errorbar(middle[:-1], places, xerr=[(middle - low)[:-1], (high - middle)[:-1]], fmt="o",
                           color=sheets.BLACK, markersize=5, linewidth=1.4)
         distance.errorbar(middle[-1:], [bottom], xerr=[(middle - low)[-1:], (high - middle)[-1:]], fmt="D",

@@ -109,6 +109,34 @@ def stop_request() -> Iterator[Stop]:
         yield stop
 
 
+RECORDED = ("provenance", "base_sha256", "data_sha256", "color_norm", "tiles", "tag_frequency", "init_lora_sha256")  # in args.json, no flags
+
+
+def with_recipe(parser: argparse.ArgumentParser, argv: list[str] | None) -> list[str]:
+    """`argv` behind the flags of its --recipe FILE (JSON or YAML: names and values; a run's args.json will do): what stands
+    on the line wins. Names take - or _; what args.json records beside the flags is passed over, and so is null."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--recipe")
+    path = early.parse_known_args(argv)[0].recipe
+    if path is None:
+        return argv
+    import yaml
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = yaml.safe_load(file)  # JSON is YAML
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        parser.error(f"--recipe {path} cannot be read ({error})")
+    if not isinstance(found, dict):
+        parser.error(f"--recipe {path} holds no flags: expected names and values, as in a run's args.json")
+    given = []
+    for name, value in found.items():
+        if name not in RECORDED and value is not None and value is not False:
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            given += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return given + argv
+
+
 def number(kind: type, low: float | None = None, high: float | None = None, above: float | None = None) -> Callable:
     """An argparse type: a finite int or float in [low, high], or greater than `above`."""
     def parse(text: str):

@@ -1,6 +1,6 @@
 """What every training loop shares about its optimizer: the learning rate by step, and its state as named tensors.
 
-Proven by tests/run/test_optim.py.
+Proven by tests/run/test_state.py and tests/train/test_setup.py.
 """
 import math
 

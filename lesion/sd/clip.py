@@ -4,11 +4,13 @@ The context of the U-Net is the last hidden state after `final_layer_norm`, of a
 Module names are those of the files on disk (`text_model.encoder.layers.0...`). Proven by tests/parity/test_networks.py.
 """
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from lesion.sd.blocks import attention
+from lesion.sd.vocabulary import BEGIN, END, one_line, tokenizer_files
 
 TOKENS = 77  # positions: begin, 75 text tokens, end
 
@@ -108,21 +110,19 @@ class CLIPTextEncoder(nn.Module):
 class Tokenizer:
     """CLIP's byte-pair tokenizer (transformers does the merging): prompt -> begin, at most 75 tokens, end, padded with end.
 
-    folder: holds vocab.json and merges.txt. Raises ValueError where it does not.
+    folder: holds vocab.json and merges.txt, or tokenizer.json. Raises ValueError where it does not, or where they are damaged.
     """
 
     def __init__(self, folder):
-        from pathlib import Path
-
-        from transformers import CLIPTokenizer
-        folder = Path(folder)
-        missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
-        if missing:
-            raise ValueError(f"tokenizer folder {folder} has no {' and no '.join(missing)}; give --tokenizer DIR")
-        self.folder = folder
-        self.clip = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-        self.begin = self.clip.convert_tokens_to_ids("<|startoftext|>")
-        self.end = self.clip.convert_tokens_to_ids("<|endoftext|>")
+        from transformers import CLIPTokenizer, CLIPTokenizerFast
+        self.folder = Path(folder)
+        kind = CLIPTokenizer if "vocab.json" in tokenizer_files(self.folder) else CLIPTokenizerFast  # one class since transformers 5
+        try:
+            self.clip = kind.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # what transformers raises of a damaged file depends on its version
+            raise ValueError(f"tokenizer folder {folder} cannot be read ({one_line(error)}); give --tokenizer DIR") from None
+        self.begin = self.clip.convert_tokens_to_ids(BEGIN)
+        self.end = self.clip.convert_tokens_to_ids(END)
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, list[str]]:
         """-> token_ids int64 [B,77], and for each prompt the text beyond 75 tokens, which the model does not see ("" mostly)."""

@@ -11,6 +11,8 @@ from lesion.sd.unet import UNetConfig
 from lesion.sd.vae import VAEConfig
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
+NETWORKS = (UNET, VAE, "cond_stage_model.")  # a tensor of these that is not known is of another model; others stand beside them
+LARGEST_LAYERS = 64  # of a text encoder: a number in a tensor's name is not believed
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
           "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
@@ -25,6 +27,8 @@ IGNORED_PREFIXES = (
     "logvar",
     "cond_stage_model.logit_scale",
     "lvlb_weights",
+    "first_stage_model.loss.",
+    "first_stage_model.model_ema.",
 )
 IGNORED_SUFFIXES = ("embeddings.position_ids",)
 
@@ -83,11 +87,13 @@ def to_ldm(keys: Iterable[str], prefixes: Mapping[str, str], inside: Mapping[str
 
 
 def ldm_unet_keys(keys: Iterable[str], config: UNetConfig) -> dict[str, str]:
+    """{our key: LDM key} of the U-Net."""
     prefixes = unet_prefixes(len(config.block_out_channels), config.layers_per_block)
     return {ours: UNET + theirs for ours, theirs in to_ldm(keys, prefixes, RESNET).items()}
 
 
 def ldm_vae_keys(keys: Iterable[str], config: VAEConfig) -> dict[str, str]:
+    """{our key: LDM key} of the VAE."""
     prefixes = vae_prefixes(len(config.block_out_channels), config.layers_per_block)
     inside = {"conv_shortcut": "nin_shortcut", **VAE_ATTENTION}
     return {ours: VAE + theirs for ours, theirs in to_ldm(keys, prefixes, inside).items()}
@@ -99,27 +105,47 @@ def ldm_text_keys(keys: Iterable[str], present: Iterable[str]) -> dict[str, str]
     return {key: TEXT + (key if has_level else key.removeprefix("text_model.")) for key in keys}
 
 
-def sizes_of_single_file(shapes: Mapping[str, tuple[int, ...]]) -> tuple[UNetConfig, VAEConfig, CLIPTextConfig]:
-    """The three configs, read from tensor shapes {LDM key: shape}.
+def sizes_of_single_file(shapes: Mapping[str, tuple[int, ...]],
+                         with_vae: bool = True) -> tuple[UNetConfig, VAEConfig | None, CLIPTextConfig]:
+    """The three configs, read from tensor shapes {LDM key: shape}; None for the VAE that is not asked for.
 
     Numbers of heads leave no trace in shapes. U-Net: 8, as in every SD 1.x. Text encoder: width / 64, as in every published
-    CLIP; miniature ones (width under 256) are taken to have 4. Raises ValueError (KeyError's text) where a tensor is missing.
+    CLIP; miniature ones (width under 256) are taken to have 4. Raises ValueError where a tensor is missing or of other axes.
     """
-    def shape(key: str) -> tuple[int, ...]:
-        if key not in shapes:
-            raise ValueError(f"tensor {key} is missing: not a Stable Diffusion 1.x checkpoint, or a damaged one")
-        return shapes[key]
-
     text = TEXT if TEXT + "embeddings.token_embedding.weight" in shapes else TEXT + "text_model."
-    vocab_size, width = shape(text + "embeddings.token_embedding.weight")
-    layers = 1 + max((int(k.split("layers.")[1].split(".")[0]) for k in shapes if k.startswith(text + "encoder.layers.")), default=-1)
+    vocab_size, width = _shape(shapes, text + "embeddings.token_embedding.weight", 2)
+    numbers = [key.removeprefix(text + "encoder.layers.").split(".")[0] for key in shapes if key.startswith(text + "encoder.layers.")]
+    layers = 1 + max((int(number) for number in numbers if number.isdecimal() and len(number) < 9), default=-1)
+    if not 1 <= layers <= LARGEST_LAYERS:
+        raise ValueError(f"the text encoder has {layers} layers; allowed is 1 to {LARGEST_LAYERS}")
     unet = UNetConfig(
-        block_out_channels=tuple(shape(f"{UNET}input_blocks.{3 * i + 1}.0.out_layers.3.weight")[0] for i in range(4)),
-        cross_attention_dim=shape(f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")[1],
-        in_channels=shape(f"{UNET}input_blocks.0.0.weight")[1], out_channels=shape(f"{UNET}out.2.weight")[0])
-    vae = VAEConfig(block_out_channels=tuple(shape(f"{VAE}encoder.down.{i}.block.0.conv2.weight")[0] for i in range(4)),
-                    latent_channels=shape(f"{VAE}post_quant_conv.weight")[0])
-    return unet, vae, CLIPTextConfig(
-        vocab_size=vocab_size, hidden_size=width, intermediate_size=shape(f"{text}encoder.layers.0.mlp.fc1.weight")[0],
+        block_out_channels=tuple(_shape(shapes, f"{UNET}input_blocks.{3 * i + 1}.0.out_layers.3.weight", 4)[0] for i in range(4)),
+        cross_attention_dim=_shape(shapes, f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", 2)[1],
+        in_channels=_shape(shapes, f"{UNET}input_blocks.0.0.weight", 4)[1], out_channels=_shape(shapes, f"{UNET}out.2.weight", 4)[0])
+    return unet, vae_sizes(shapes) if with_vae else None, CLIPTextConfig(
+        vocab_size=vocab_size, hidden_size=width, intermediate_size=_shape(shapes, f"{text}encoder.layers.0.mlp.fc1.weight", 2)[0],
         num_hidden_layers=layers, num_attention_heads=width // 64 if width >= 256 else 4,
-        max_position_embeddings=shape(text + "embeddings.position_embedding.weight")[0])
+        max_position_embeddings=_shape(shapes, text + "embeddings.position_embedding.weight", 2)[0])
+
+
+def vae_sizes(shapes: Mapping[str, tuple[int, ...]], prefix: str = VAE) -> VAEConfig:
+    """The VAE's config, read from tensor shapes under LDM's names or diffusers'. Raises ValueError as above."""
+    name = "encoder.down_blocks.{}.resnets.0.conv2.weight"
+    if prefix + name.format(0) not in shapes:
+        name = "encoder.down.{}.block.0.conv2.weight"
+    widths = tuple(_shape(shapes, prefix + name.format(i), 4)[0] for i in range(4))
+    groups = VAEConfig().norm_num_groups
+    if any(width % groups or not width for width in widths):
+        raise ValueError(f"the VAE's widths {list(widths)} are not multiples of {groups}")
+    latents = _shape(shapes, f"{prefix}post_quant_conv.weight", 4)[0]
+    if latents != 4:
+        raise ValueError(f"the VAE has {latents} latent channels; Stable Diffusion 1.x has 4")
+    return VAEConfig(block_out_channels=widths, latent_channels=latents)
+
+
+def _shape(shapes: Mapping[str, tuple[int, ...]], key: str, axes: int) -> tuple[int, ...]:
+    if key not in shapes:
+        raise ValueError(f"tensor {key} is missing: not a Stable Diffusion 1.x checkpoint, or a damaged one")
+    if len(shapes[key]) != axes or 0 in shapes[key]:
+        raise ValueError(f"tensor {key} has shape {list(shapes[key])}, expected {axes} axes, none empty")
+    return shapes[key]

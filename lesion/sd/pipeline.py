@@ -3,16 +3,11 @@
 Each image has its own CPU generator, seeded by its own seed: its initial latents and every later draw come from there, so an image
 does not depend on its neighbours in the batch, on the batch size or on the device. Proven by tests/parity/test_pipeline.py.
 """
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from lesion.sd import samplers
 from lesion.sd.checkpoint import StableDiffusion
-
-SAMPLERS = ("ddim", "ddpm", "dpmpp")
 
 
 def encode_prompts(sd: StableDiffusion, prompts: list[str]) -> Tensor:
@@ -41,8 +36,8 @@ def draw(sd: StableDiffusion, context: Tensor, negative_context: Tensor, seeds: 
     `latents`, if given, replaces the initial noise. eta is DDIM's only. Networks run in the caller's autocast; the sampler's
     arithmetic is float32. Raises ValueError for an unknown sampler, and where an image ends in NaN or infinity.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"no sampler {sampler!r}: allowed are {', '.join(SAMPLERS)}")
+    if sampler not in samplers.SAMPLERS:
+        raise ValueError(f"no sampler {sampler!r}: allowed are {', '.join(samplers.SAMPLERS)}")
     device = context.device
     fresh = Draws(seeds, (sd.unet.config.in_channels, resolution // 8, resolution // 8), device)
     first = fresh()
@@ -51,9 +46,7 @@ def draw(sd: StableDiffusion, context: Tensor, negative_context: Tensor, seeds: 
     def network(x: Tensor, timesteps: Tensor, both: Tensor) -> Tensor:
         return sd.unet(x.to(dtype), timesteps, both).float()
     noise_fn = samplers.guided(network, context.to(dtype), negative_context.to(dtype), guidance_scale)
-    run: Callable = {"ddim": partial(samplers.ddim, eta=eta, draw=fresh), "ddpm": partial(samplers.ddpm, draw=fresh),
-                     "dpmpp": samplers.dpmpp}[sampler]
-    drawn = run(noise_fn, first if latents is None else latents, steps, on_step=on_step)
+    drawn = samplers.SAMPLERS[sampler](noise_fn, first if latents is None else latents, steps, eta, fresh, on_step)
     bad = [seed for seed, image in zip(seeds, drawn) if not image.isfinite().all()]
     if bad:
         raise ValueError(f"the images of seeds {bad} end in NaN or infinity: is the checkpoint or LoRA damaged? In fp16, try bf16 or fp32")

@@ -17,7 +17,8 @@ class Metric:
     figure_title: str = ""        # in a narrow figure; "" = the title
     ceiling: float = 1.0          # it lies in 0 .. ceiling
     lower_is_better: bool = False
-    rate_of: str = "malignant"    # which tiles it counts: its exact interval at 0 and 1 is over the patients who have them
+    rate_of: str = "malignant"    # which tiles it counts: its uncertainty is over the patients who have them
+    least: int | None = 20        # malignant tiles from which its interval and test hold (docs/PROTOCOL.md); None: never
 
 
 METRICS = {
@@ -30,11 +31,11 @@ METRICS = {
     "specificity_chosen": Metric("specificity at the chosen threshold", "specificity at\nchosen threshold",
                                  rate_of="benign"),
     "precision_chosen": Metric("precision at the chosen threshold"),
-    "recall_spec90": Metric("recall at 90 % specificity", "recall at 90 %\nspecificity"),
-    "recall_spec95": Metric("recall at 95 % specificity"),
-    "pauc": Metric("pAUC (TPR ≥ 80 %)", ceiling=0.2),
+    "recall_spec90": Metric("recall at 90 % specificity", "recall at 90 %\nspecificity", least=50),
+    "recall_spec95": Metric("recall at 95 % specificity", least=50),
+    "pauc": Metric("pAUC (TPR ≥ 80 %)", ceiling=0.2, least=50),
     "brier": Metric("Brier score", lower_is_better=True),
-    "ece": Metric("ECE", lower_is_better=True),
+    "ece": Metric("ECE", lower_is_better=True, least=None),
 }
 # Where a figure is shown, in order: beside the published study's, in the further table, among the differences, and in
 # the picture and the sentences about them.
@@ -198,7 +199,8 @@ def bin_of(scores: np.ndarray, bins: int = ECE_BINS) -> np.ndarray:
 def reliability(labels: np.ndarray, scores: np.ndarray, bins: int = ECE_BINS) -> list[dict]:
     """Calibration by bins of equal *count*: with few malignant tiles nearly every score lies in one equal-width bin.
 
-    One row a bin, in order of score: n, malignant, mean_score, observed (share malignant). Equal scores stay together.
+    One row a bin, in order of score: n, malignant, mean_score, observed (share malignant), inside ([n] bool). Equal
+    scores stay together.
     """
     labels, scores = check(labels, scores)
     edges = np.unique(np.quantile(scores, np.arange(1, bins) / bins))
@@ -207,5 +209,6 @@ def reliability(labels: np.ndarray, scores: np.ndarray, bins: int = ECE_BINS) ->
     for b in np.unique(index):
         inside = index == b
         rows.append({"n": int(inside.sum()), "malignant": int(labels[inside].sum()),
-                     "mean_score": float(scores[inside].mean()), "observed": float(labels[inside].mean())})
+                     "mean_score": float(scores[inside].mean()), "observed": float(labels[inside].mean()),
+                     "inside": inside})
     return rows

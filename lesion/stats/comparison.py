@@ -1,54 +1,85 @@
 """Arms of an experiment compared on the same test tiles: intervals, one-factor contrasts, verdicts, subgroups, curves.
 
-What is pooled and what is resampled: a figure of an arm is the mean over its training seeds; its uncertainty has two
-parts, other patients (bootstrap over patients) and another training run (bootstrap over seeds), drawn together, the
-same draws for all arms. AUROC differences are tested by DeLong's test with both parts. Holm's correction runs over the
-contrasts, metric by metric. Proven by tests/stats/test_comparison.py.
+What is pooled and what is resampled: a figure of an arm is the mean over its training runs (seeds); its uncertainty has
+two parts, other patients and another training run, put together by `inference.over_runs`. The covariance over patients
+is DeLong's for differences of AUROC, for all else that of a bootstrap over patients, the same draws for all arms. Holm's
+correction runs over the contrasts, metric by metric; the primary contrast, named beforehand, stands alone.
+Nothing is decided, and no interval given, where the simulation (docs/PROTOCOL.md) shows that it would not hold.
+Proven by tests/stats/test_comparison.py.
 """
 import numpy as np
 
 from lesion.stats import classification, inference
 
 ALPHA = 0.05
-FEW = 10  # a rate over fewer tiles is not shown
-POWER_REACH = 2.80  # 1.96 + 0.84: standard errors of a difference found in 80 % of repetitions at p < .05
-SUPPORTED, HARMFUL, UNCLEAR, NO_VALUE = "supported", "harmful", "not distinguishable", "no value"
+FEW = 10  # a rate over fewer tiles or patients is not shown
+PRIMARY_METRIC = "auroc"
+SUPPORTED, HARMFUL, UNCLEAR = "supported", "harmful", "not distinguishable"
+BETTER, WORSE = "better in this one run", "worse in this one run"
+NO_VALUE, TOO_FEW = "cannot be computed", "no verdict"
+SHIFTED = "shifted threshold"
 
 
-def analyse(runs: dict, contrasts: dict, resamples: int = inference.RESAMPLES, seed: int = 0, progress=None) -> dict:
+def analyse(runs: dict, contrasts: dict, resamples: int = inference.RESAMPLES, seed: int = 0,
+            primary: tuple[str, str] | None = None, everywhere: bool = False, progress=None) -> dict:
     """Figures of every arm and every contrast, as JSON-able numbers.
 
     runs: arm -> seed -> an object with labels [n] 0/1, scores [n], thresholds [n], patients [n] or None, tested on the
-    same tiles throughout (`lesion.classify.predictions.read_runs`). contrasts: (first, second) -> meaning; those whose arms have
-    a seed in common are made, over the seeds in common. progress: wraps the iterator over the arms, as tqdm does.
+    same tiles throughout (`lesion.classify.predictions.read_runs`). contrasts: (first, second) -> meaning; those whose
+    arms have a seed in common are made, over the seeds in common. primary: the contrast named beforehand, whose AUROC is
+    tested as it is; all other tests are exploratory and corrected by Holm. everywhere: also give the intervals that do
+    not hold (`Metric.least`), for the simulation that shows it. progress: wraps the iterator over the arms, as tqdm does.
     """
-    first = next(iter(next(iter(runs.values())).values()))
-    labels, patients = first.labels, first.patients
-    weights = inference.patient_resamples(labels, patients, resamples, seed)
-    units = np.arange(len(labels)) if patients is None else patients
-    carriers, healthy = (len(np.unique(units[labels == value])) for value in (1, 0))
-    drawn = {arm: {k: inference.bootstrap(labels, [run.scores], [run.thresholds], weights) for k, run in seeds.items()}
+    test = _Test(next(iter(next(iter(runs.values())).values())), resamples, seed, everywhere)
+    drawn = {arm: {k: inference.bootstrap(test.labels, [run.scores], [run.thresholds], test.weights)
+                   for k, run in seeds.items()}
              for arm, seeds in (progress(runs.items(), desc="bootstrap", unit="arm") if progress else runs.items())}
     pairs = [(pair, sorted(runs[pair[0]].keys() & runs[pair[1]].keys())) for pair in contrasts
              if pair[0] in runs and pair[1] in runs]
-    rows = [_contrast(runs, drawn, pair, common, carriers, resamples, seed) | {"meaning": contrasts[pair]}
+    rows = [_contrast(runs, drawn, pair, common, test) | {"meaning": contrasts[pair], "primary": pair == primary}
             for pair, common in pairs if common]
     _adjust(rows)
-    return {"tiles": len(labels), "malignant": int(labels.sum()), "prevalence": float(labels.mean()),
-            "patients": None if patients is None else int(len(np.unique(patients))), "carriers": carriers,
-            "resamples": resamples, "contrasts": rows,
-            "arms": {arm: _arm(runs[arm], drawn[arm], carriers, healthy, resamples, seed) for arm in runs}}
+    return {"tiles": len(test.labels), "malignant": int(test.labels.sum()), "prevalence": float(test.labels.mean()),
+            "patients": test.patients, "carriers": test.carriers, "healthy": test.healthy,
+            "enough_patients": inference.enough(test.carriers, test.healthy, 1), "resamples": resamples,
+            "contrasts": rows, "arms": {arm: _arm(runs[arm], drawn[arm], test) for arm in runs}}
 
 
-def _arm(seeds, drawn, carriers, healthy, resamples, seed):
-    weights = inference.seed_resamples(len(seeds), resamples, seed)
+class _Test:
+    """The test tiles: labels, how many patients carry malignant and benign ones, and the resamples of patients."""
+
+    def __init__(self, run, resamples, seed, everywhere=False):
+        self.labels, self.everywhere = run.labels, everywhere
+        self.weights = inference.patient_resamples(run.labels, run.patients, resamples, seed)
+        units = np.arange(len(run.labels)) if run.patients is None else run.patients
+        self.patients = None if run.patients is None else len(np.unique(units))
+        self.carriers, self.healthy = (len(np.unique(units[run.labels == value])) for value in (1, 0))
+
+    def parts(self, metric: classification.Metric, values: list, drawn: np.ndarray) -> inference.Parts | None:
+        """Parts of the variance of the mean of `values` [S] by their resamples [S, R]; None where there is no value or
+        where no interval may be given."""
+        holds = self.everywhere or (metric.least is not None and self.labels.sum() >= metric.least)
+        if not (holds and inference.enough(self.carriers, self.healthy, len(values))) or np.isnan(values).any():
+            return None
+        units = self.units(metric)
+        covariance = inference.resampled_covariance(drawn, units)
+        return None if covariance is None else inference.over_runs(values, covariance, np.asarray(units - 1.0))
+
+    def units(self, metric: classification.Metric) -> int:
+        """How many patients the metric is a rate of."""
+        return self.healthy if metric.rate_of == "benign" else self.carriers
+
+
+def _arm(seeds, drawn, test):
     plain = [classification.evaluate(run.labels, run.scores, run.thresholds) for run in seeds.values()]
     metrics = {}
     for name, metric in classification.METRICS.items():
-        values = np.array([value[name][0] for value in plain])
-        distribution = inference.mean_over_seeds(np.concatenate([drawn[k][name] for k in seeds]), weights)
-        mean, rate_of = values.mean(), healthy if metric.rate_of == "benign" else carriers
-        low, high = inference.interval(mean, distribution, carriers, metric.ceiling, rate_of) or (None, None)
+        values = [float(value[name][0]) for value in plain]
+        parts = test.parts(metric, values, np.concatenate([drawn[k][name] for k in seeds]))
+        mean, found = float(np.mean(values)), None
+        if parts is not None:
+            found = inference.interval(mean, parts, test.units(metric), metric.ceiling)
+        low, high = found or (None, None)
         metrics[name] = {"mean": _number(mean), "low": low, "high": high, "per_seed": [*map(_number, values)]}
     counts = {name: _mean_counts([classification.confusion(run.labels, run.scores, run.thresholds if chosen else 0.5)
                                   for run in seeds.values()]) for name, chosen in (("50", False), ("chosen", True))}
@@ -60,25 +91,29 @@ def _mean_counts(counts):
     return {key: float(np.mean([count[key] for count in counts])) for key in counts[0]}
 
 
-def _contrast(runs, drawn, pair, common, carriers, resamples, seed):
+def _contrast(runs, drawn, pair, common, test):
     one, two = ([runs[arm][k] for k in common] for arm in pair)
-    weights = inference.seed_resamples(len(common), resamples, seed)
     values = [[classification.evaluate(run.labels, run.scores, run.thresholds) for run in side] for side in (one, two)]
     metrics = {}
-    for name in classification.METRICS:
+    for name, metric in classification.METRICS.items():
         per_seed = [float(b[name][0] - a[name][0]) for a, b in zip(*values)]
-        distribution = inference.mean_over_seeds(
-            np.concatenate([drawn[pair[1]][k][name] - drawn[pair[0]][k][name] for k in common]), weights)
-        low, high = inference.difference_interval(distribution, carriers) or (None, None)
-        metrics[name] = {"difference": _number(np.mean(per_seed)), "low": low, "high": high,
-                         "p": inference.p_value(distribution, carriers), "per_seed": [*map(_number, per_seed)],
-                         "test": "bootstrap"}
-    delong = inference.delong_test(one[0].labels, *(np.stack([run.scores for run in side]) for side in (one, two)),
-                                   patients=one[0].patients)
-    metrics["auroc"] |= {key: delong[key] for key in ("difference", "low", "high", "p", "se", "df")}
-    metrics["auroc"]["test"] = "DeLong"
-    return {"first": pair[0], "second": pair[1], "seeds": common, "metrics": metrics,
-            "detectable_auroc": POWER_REACH * delong["se"], "mcnemar": _mcnemar(one, two)}
+        parts = test.parts(metric, per_seed,
+                           np.concatenate([drawn[pair[1]][k][name] - drawn[pair[0]][k][name] for k in common]))
+        metrics[name] = {"difference": _number(np.mean(per_seed)), "low": None, "high": None, "p": None,
+                         "per_seed": [*map(_number, per_seed)], "test": "bootstrap", "too_few": parts is None}
+        if parts is not None:
+            difference = float(np.mean(per_seed))
+            low, high = inference.difference_interval(difference, parts, metric.ceiling) or (None, None)
+            metrics[name] |= {"low": low, "high": high, "p": inference.two_sided_p(difference, parts)}
+    parts = None
+    if inference.enough(test.carriers, test.healthy, len(common)):
+        delong = inference.delong_test(test.labels, *(np.stack([run.scores for run in side]) for side in (one, two)),
+                                       patients=one[0].patients)
+        parts = delong["parts"]
+        metrics["auroc"] |= {key: delong[key] for key in ("difference", "low", "high", "p", "se", "df")}
+        metrics["auroc"] |= {"test": "DeLong", "too_few": False}
+    return {"first": pair[0], "second": pair[1], "seeds": common, "metrics": metrics, "parts": parts,
+            "mcnemar": _mcnemar(one, two)}
 
 
 def _mcnemar(one, two):
@@ -96,24 +131,54 @@ def _mcnemar(one, two):
 
 
 def _adjust(rows):
-    """Holm over the contrasts for each metric, and the verdict."""
+    """Holm over the contrasts for each metric (the primary one aside), the verdicts, and what could have been found."""
     for name, metric in classification.METRICS.items():
-        cells = [row["metrics"][name] for row in rows]
-        tested = [cell for cell in cells if cell["p"] is not None]
-        for cell, p in zip(tested, inference.holm([cell["p"] for cell in tested])):
-            cell["p_holm"] = p
-        for cell in cells:
-            cell.setdefault("p_holm", None)
-            cell["verdict"] = verdict(cell["difference"], cell["p_holm"], metric.lower_is_better)
+        family = [row for row in rows if row["metrics"][name]["p"] is not None
+                  and not (row["primary"] and name == PRIMARY_METRIC)]
+        adjusted = inference.holm([row["metrics"][name]["p"] for row in family])
+        for row in rows:
+            cell = row["metrics"][name]
+            cell["p_holm"] = cell["p"]
+        for row, p in zip(family, adjusted, strict=True):
+            row["metrics"][name]["p_holm"] = p
+        for row in rows:
+            cell = row["metrics"][name]
+            cell["verdict"] = TOO_FEW if cell.pop("too_few") and cell["difference"] is not None else \
+                verdict(cell["difference"], cell["p_holm"], metric.lower_is_better, len(row["seeds"]))
+        if name == PRIMARY_METRIC:
+            for row in rows:
+                parts, tests = row.pop("parts"), 1 if row["primary"] else max(len(family), 1)
+                row["detectable_auroc"] = None if parts is None else inference.detectable(parts, ALPHA / tests)
+    for row in rows:
+        _call_shifts(row["metrics"])
 
 
-def verdict(difference: float | None, p_holm: float | None, lower_is_better: bool = False) -> str:
-    """"supported" if the second arm is better with adjusted p < .05, "harmful" if worse, else "not distinguishable"."""
+def _call_shifts(metrics):
+    """Recall gained for specificity, or the reverse, where the ranking is not distinguishable: neither better nor worse."""
+    if metrics["auroc"]["verdict"] != UNCLEAR:
+        return
+    better, worse = (SUPPORTED, BETTER), (HARMFUL, WORSE)
+    for suffix in ("50", "chosen"):
+        cells = [metrics[f"{name}_{suffix}"] for name in ("recall", "specificity")]
+        said = [cell["verdict"] for cell in cells]
+        if any(said[i] in better and said[1 - i] in worse for i in (0, 1)):
+            for cell in cells:
+                cell["verdict"] = SHIFTED
+
+
+def verdict(difference: float | None, p_holm: float | None, lower_is_better: bool = False, runs: int = 3) -> str:
+    """"supported" if the second arm is better with adjusted p < .05, "harmful" if worse, else "not distinguishable".
+
+    One run supports nothing about another: there it is "better" or "worse in this one run". "cannot be computed"
+    without a difference or a p (no value, or no error to judge by).
+    """
     if difference is None or p_holm is None:
         return NO_VALUE
     if p_holm >= ALPHA or difference == 0:
         return UNCLEAR
-    return SUPPORTED if (difference > 0) != lower_is_better else HARMFUL
+    if (difference > 0) != lower_is_better:
+        return SUPPORTED if runs >= inference.LEAST_RUNS else BETTER
+    return HARMFUL if runs >= inference.LEAST_RUNS else WORSE
 
 
 def _number(value):
@@ -121,22 +186,24 @@ def _number(value):
     return None if np.isnan(value) else float(value)
 
 
-# -------------------------------------------------------------------------------------------- subgroups
+# ------------------------------------------------------------------------------------ subgroups, calibration
 
 def subgroups(runs: dict, groups: dict[str, np.ndarray]) -> list[dict]:
     """Recall and specificity at the chosen threshold, and AUROC, of every arm within groups of test tiles.
 
     groups: attribute -> [n] group names ("" = not known) in the order of the runs' ids. One row a group with tiles: n,
-    malignant, and per arm the mean over seeds with exact binomial intervals; None where fewer than FEW tiles carry it.
+    malignant, and per arm the mean over seeds with intervals over patients (`inference.rate_over_patients`); None where
+    fewer than FEW tiles, or tiles of fewer than FEW patients, carry it.
     """
     first = next(iter(next(iter(runs.values())).values()))
+    units = _units(first)
     rows = []
     for attribute, names in groups.items():
         for name in dict.fromkeys(sorted(names, key=str)):
             inside = names == name
             malignant, benign = inside & (first.labels == 1), inside & (first.labels == 0)
             rows.append({"attribute": attribute, "group": str(name) or "not known", "n": int(inside.sum()),
-                         "malignant": int(malignant.sum()),
+                         "malignant": int(malignant.sum()), "patients": len(np.unique(units[inside])),
                          "arms": {arm: {"recall": _rate(seeds, malignant, True),
                                         "specificity": _rate(seeds, benign, False),
                                         "auroc": _auroc(seeds, inside, malignant, benign)}
@@ -144,12 +211,17 @@ def subgroups(runs: dict, groups: dict[str, np.ndarray]) -> list[dict]:
     return rows
 
 
+def _units(run):
+    return np.arange(len(run.labels)) if run.patients is None else run.patients
+
+
 def _rate(seeds, where, called):
-    if where.sum() < FEW:
+    first = next(iter(seeds.values()))
+    units = _units(first)[where]
+    if len(np.unique(units)) < FEW:
         return None
-    share = np.mean([((run.scores >= run.thresholds) == called)[where].mean() for run in seeds.values()])
-    low, high = inference.clopper_pearson(share * where.sum(), where.sum())
-    return {"mean": float(share), "low": low, "high": high}
+    hits = np.stack([((run.scores >= run.thresholds) == called)[where] for run in seeds.values()])
+    return dict(zip(("mean", "low", "high"), inference.rate_over_patients(hits, units), strict=True))
 
 
 def _auroc(seeds, inside, malignant, benign):
@@ -159,23 +231,38 @@ def _auroc(seeds, inside, malignant, benign):
                           for run in seeds.values()]))
 
 
+def calibration(seeds: dict) -> list[dict]:
+    """Rows of `classification.reliability` of the mean score over seeds, with low and high, the 95 % interval over
+    patients of the observed share (None with too few)."""
+    first = next(iter(seeds.values()))
+    rows = classification.reliability(first.labels, np.mean([run.scores for run in seeds.values()], axis=0))
+    for row in rows:
+        inside = row.pop("inside")
+        _, row["low"], row["high"] = inference.rate_over_patients(first.labels[inside] == 1, _units(first)[inside])
+    return rows
+
+
 # ----------------------------------------------------------------------------------------------- curves
 
 def curve_bands(seeds: dict, resamples: int = 300, seed: int = 0, points: int = 201) -> dict:
-    """ROC and PR curves of an arm, averaged over its seeds, with pointwise 95 % bands over patients and seeds.
+    """ROC and PR curves of an arm, averaged over its seeds, with pointwise 95 % bands for other patients and runs.
 
     Returns {"roc": (fpr, tpr, low, high), "pr": (recall, precision, low, high)}, each [points]: at each false positive
-    rate the mean recall, at each recall the mean of the best precision that still attains it.
+    rate the mean recall, at each recall the mean of the best precision that still attains it. The band is NaN where no
+    interval may be given (`inference.enough`).
     """
-    first = next(iter(seeds.values()))
+    test = _Test(next(iter(seeds.values())), resamples, seed)
     grid = np.linspace(0, 1, points)
-    weights = inference.patient_resamples(first.labels, first.patients, resamples, seed)
-    over = inference.seed_resamples(len(seeds), resamples, seed)
     out = {}
     for name, draw in (("roc", _roc_on), ("pr", _pr_on)):
-        middle = np.mean([draw(run, None, grid)[0] for run in seeds.values()], axis=0)
-        bands = np.einsum("srp,rs->rp", np.stack([draw(run, weights, grid) for run in seeds.values()]), over)
-        out[name] = (grid, middle, *np.quantile(bands, [0.025, 0.975], axis=0))
+        values = np.stack([draw(run, None, grid)[0] for run in seeds.values()])
+        middle, half = values.mean(0), np.full(points, np.nan)
+        if inference.enough(test.carriers, test.healthy, len(seeds)):
+            drawn = np.stack([draw(run, test.weights, grid) for run in seeds.values()])
+            covariance = inference.resampled_covariance(drawn, test.carriers)
+            parts = inference.over_runs(values, covariance, np.full(points, test.carriers - 1.0))
+            half = inference.critical(parts) * np.sqrt(sum(variance for variance, _ in parts))
+        out[name] = (grid, middle, np.clip(middle - half, 0, 1), np.clip(middle + half, 0, 1))
     return out
 
 

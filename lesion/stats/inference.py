@@ -2,7 +2,9 @@
 
 AUROC: DeLong, DeLong & Clarke-Pearson 1988 (Biometrics 44:837) with the midranks of Sun & Xu 2014 (IEEE SPL 21:1389),
 extended to several tiles a patient by Obuchowski 1997 (Biometrics 53:567). Everything else: a bootstrap over patients,
-stratified by what they carry. Decisions: McNemar's exact test. Several contrasts: Holm 1979.
+stratified by what they carry. Training runs: as readers in Obuchowski & Rockette 1995 (Commun Stat Simul 24:285).
+Decisions: McNemar's exact test. Several contrasts: Holm 1979. Which estimator and which reference hold their level was
+found by simulation: `python -m lesion.stats.simulate`, its table in docs/PROTOCOL.md.
 Proven by tests/stats/test_inference.py: pROC's published values, closed forms, coverage by simulation.
 """
 import numpy as np
@@ -12,6 +14,10 @@ from lesion.stats import classification
 
 RESAMPLES = 2000
 LEVEL = 0.95
+POWER = 0.8
+LEAST_PATIENTS = 10  # with malignant tiles, and with benign ones: under that no interval, no test
+LEAST_RUNS = 3       # training runs from which their spread gives an interval; one run is judged as it is
+_ZERO = 1e-24        # a variance below is rounding: there is no error to judge by
 
 
 def clopper_pearson(count: float, n: float, level: float = LEVEL) -> tuple[float, float]:
@@ -44,6 +50,120 @@ def auc_variance(a: float, m: int, n: int) -> float:
     return a * (1 - a) * (1 + half * (1 - a) / (2 - a) + half * a / (1 + a)) / (m * n)
 
 
+# ------------------------------------------------------------------------------- patients and training runs
+
+Parts = list[tuple[np.ndarray, np.ndarray]]  # variances and their degrees of freedom: a mean's variance is their sum
+
+
+def enough(carriers: int, healthy: int, runs: int) -> bool:
+    """Whether an interval or a test may be given at all: patients of both kinds, and one training run or at least 3."""
+    return min(carriers, healthy) >= LEAST_PATIENTS and (runs == 1 or runs >= LEAST_RUNS)
+
+
+def over_runs(values: np.ndarray, covariance: np.ndarray, df: np.ndarray) -> Parts:
+    """Parts of the variance of the mean over S training runs, for other patients and other runs alike.
+
+    values [S, ...]: the figure of each run; covariance [S, S, ...] over patients, with df degrees of freedom. Patients
+    and runs are crossed: the variance s^2 of the values over runs holds what is a run's own, its luck as well as its
+    noise on these patients; the mean covariance c of two runs is what other patients would change in all of them.
+    Var(mean) = s^2 / S + max(c, 0) (Obuchowski & Rockette 1995, with runs for readers). Adding s^2 / S to the variance
+    of the mean over patients instead counts the noise twice: level .01 to .09 in the simulation. One run: its variance
+    over patients, and all that follows holds for that run only.
+    """
+    values, runs = np.asarray(values, dtype=np.float64), len(values)
+    if runs == 1:
+        return [(covariance[0, 0], df)]
+    shared = (covariance.sum((0, 1)) - np.einsum("ss...->...", covariance)) / (runs * (runs - 1))
+    return [(values.var(0, ddof=1) / runs, np.asarray(runs - 1.0)), (np.maximum(shared, 0.0), df)]
+
+
+def satterthwaite(parts: Parts) -> np.ndarray:
+    """Degrees of freedom of a sum of variances: V^2 / sum(V_k^2 / df_k) (Welch 1947); infinite where V is 0."""
+    total = sum(variance for variance, _ in parts)
+    spread = sum(np.square(variance) / df for variance, df in parts)
+    return np.divide(np.square(total), spread, out=np.full(np.shape(total), np.inf), where=spread > 0)
+
+
+def critical(parts: Parts, level: float | np.ndarray = LEVEL) -> np.ndarray:
+    """How many standard errors an interval of `level` reaches to each side of a mean whose variance has `parts`.
+
+    The mean of two approximations: Student's t with `satterthwaite` degrees of freedom, and the t of each part weighted
+    by its share of the variance (Cochran 1964, Biometrics 20:191). In the simulation the first is liberal at few runs
+    (level to .08), the second conservative (to .025), their mean .03 to .06.
+    """
+    tail = np.minimum((1 + np.asarray(level)) / 2, 1 - 1e-13)
+    total = sum(variance for variance, _ in parts)
+    share = sum(variance * special.stdtrit(np.minimum(df, 1e7), tail) for variance, df in parts)
+    weighted = np.divide(share, total, out=np.zeros(np.shape(share)), where=total > 0)
+    return (special.stdtrit(np.minimum(satterthwaite(parts), 1e7), tail) + weighted) / 2
+
+
+def two_sided_p(estimate: float, parts: Parts) -> float | None:
+    """p of "it is 0": the level at which the interval `estimate` +- `critical` se just touches 0. None without error."""
+    variance = float(sum(variance for variance, _ in parts))
+    if variance < _ZERO:
+        return None
+    statistic = abs(estimate) / np.sqrt(variance)
+
+    def surplus(log_p):
+        return float(critical(parts, 1 - np.exp(log_p))) - statistic
+
+    lowest = np.log(1e-12)
+    if surplus(lowest) < 0:
+        return float(np.exp(lowest))
+    return float(np.exp(optimize.brentq(surplus, lowest, 0.0))) if statistic > 0 else 1.0
+
+
+def difference_interval(estimate: float, parts: Parts, ceiling: float = 1.0, level: float = LEVEL) -> tuple[float, float] | None:
+    """Interval of a difference of two figures in [0, ceiling]: estimate +- `critical` se, cut to [-ceiling, ceiling].
+    None without error to judge by."""
+    variance = float(sum(variance for variance, _ in parts))
+    if variance < _ZERO:
+        return None
+    half = float(critical(parts, level)) * np.sqrt(variance)
+    return max(estimate - half, -ceiling), min(estimate + half, ceiling)
+
+
+def interval(estimate: float, parts: Parts, patients: int, ceiling: float = 1.0,
+             level: float = LEVEL) -> tuple[float, float] | None:
+    """Interval of a figure in [0, ceiling]: `critical` standard errors to each side on the logit scale.
+
+    An estimate at an end has no logit: there the exact binomial interval over `patients` stands in (how many the figure
+    is a rate of). None without a value or without error to judge by (scores that never vary).
+    """
+    share = estimate / ceiling
+    if np.isnan(share):
+        return None
+    if share <= 0 or share >= 1:
+        low, high = clopper_pearson(0 if share <= 0 else patients, patients, level)
+        return low * ceiling, high * ceiling
+    variance = float(sum(variance for variance, _ in parts))
+    if variance < _ZERO:
+        return None
+    reach = float(critical(parts, level)) * np.sqrt(variance) / ceiling / (share * (1 - share))
+    low, high = special.expit(special.logit(share) + np.array([-reach, reach])) * ceiling
+    return float(low), float(high)
+
+
+def detectable(parts: Parts, alpha: float = 1 - LEVEL, power: float = POWER) -> float | None:
+    """The true difference that another study of this size finds at `alpha` with chance `power`: k se, where
+    P(Z + k u1 > c u2) = power, Z normal, c the critical value, u1 and u2 the errors that this and the other study
+    estimate (roots of chi-square / df: one may be lucky and the other not). k is the mean of two, as in `critical`.
+    None without error to judge by."""
+    variance = float(sum(variance for variance, _ in parts))
+    if variance < _ZERO:
+        return None
+    limit = float(critical(parts, 1 - alpha))
+
+    def reach(df):
+        errors = np.sqrt(stats.chi2.ppf((np.arange(50) + 0.5) / 50, min(df, 1e5)) / min(df, 1e5))
+        return optimize.brentq(lambda k: special.ndtr(k * errors[:, None] - limit * errors).mean() - power, 0.0, 1e4,
+                               xtol=1e-3)
+
+    weighted = sum(float(part) / variance * reach(float(df)) for part, df in parts if part > 0)
+    return float((reach(float(satterthwaite(parts))) + weighted) / 2 * np.sqrt(variance))
+
+
 # ---------------------------------------------------------------------------------------------- DeLong
 
 def delong(labels: np.ndarray, scores: np.ndarray, patients: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -54,6 +174,12 @@ def delong(labels: np.ndarray, scores: np.ndarray, patients: np.ndarray | None =
     malignant tiles above it), summed by patient i and centred to D10_i, D01_i (Obuchowski 1997, eq. 4-7):
     cov = I10/(I10-1) sum D10 D10' / m^2 + I01/(I01-1) sum D01 D01' / n^2 + 2 I/(I-1) sum (D10 D01')_sym / (m n).
     """
+    aurocs, malignant, benign, crossed, _ = _delong(labels, scores, patients)
+    return aurocs, malignant + benign + crossed
+
+
+def _delong(labels, scores, patients):
+    """aurocs [K], the covariance's three terms [K, K] and (patients with malignant, with benign tiles)."""
     labels, scores = np.asarray(labels), np.atleast_2d(np.asarray(scores, dtype=np.float64))
     malignant, benign = scores[:, labels == 1], scores[:, labels == 0]
     m, n = malignant.shape[1], benign.shape[1]
@@ -64,56 +190,55 @@ def delong(labels: np.ndarray, scores: np.ndarray, patients: np.ndarray | None =
     v01 = 1 - (ranks[:, m:] - stats.rankdata(benign, axis=1)) / m
     aurocs = v10.mean(1)
     _, group = np.unique(np.arange(len(labels)) if patients is None else patients, return_inverse=True)
-    d10, with_malignant = _by_patient(v10 - aurocs[:, None], group[labels == 1], group.max() + 1)
-    d01, with_benign = _by_patient(v01 - aurocs[:, None], group[labels == 0], group.max() + 1)
-    if with_malignant < 2 or with_benign < 2:
+    count = group.max() + 1
+    d10 = _by_patient(v10 - aurocs[:, None], group[labels == 1], count)
+    d01 = _by_patient(v01 - aurocs[:, None], group[labels == 0], count)
+    carriers, healthy = (len(np.unique(group[labels == value])) for value in (1, 0))
+    if carriers < 2 or healthy < 2:
         raise ValueError("a covariance needs at least two patients with malignant and two with benign tiles")
     cross = d10 @ d01.T
-    count = group.max() + 1
-    covariance = (with_malignant / (with_malignant - 1) * (d10 @ d10.T) / m ** 2
-                  + with_benign / (with_benign - 1) * (d01 @ d01.T) / n ** 2
-                  + count / (count - 1) * (cross + cross.T) / (m * n))
-    return aurocs, covariance
+    return (aurocs, carriers / (carriers - 1) * (d10 @ d10.T) / m ** 2, healthy / (healthy - 1) * (d01 @ d01.T) / n ** 2,
+            count / (count - 1) * (cross + cross.T) / (m * n), (carriers, healthy))
 
 
 def _by_patient(values, group, count):
-    """Sums of `values` [K, tiles] over patients [K, count], and how many patients have any."""
-    sums = np.zeros((len(values), count))
-    np.add.at(sums, (slice(None), group), values)
-    return sums, len(np.unique(group))
+    """Sums of `values` [K, tiles] over patients [K, count]."""
+    return np.stack([np.bincount(group, row, count) for row in values])
 
 
 def delong_test(labels: np.ndarray, first: np.ndarray, second: np.ndarray, patients: np.ndarray | None = None) -> dict:
     """Paired test of mean AUROC of `second` minus that of `first`, scores [seeds, n] each, seed s of both arms paired.
 
-    The mean over seeds is a linear contrast L of 2S AUROCs, so its variance over tiles is L cov L'. Training adds the
-    variance of the S paired differences / S; t with Welch-Satterthwaite degrees of freedom, of which the tiles' part
-    counts as infinite. With one seed this is DeLong's z test and says nothing about another training run.
-    Returns difference, se, statistic, df (None = normal), p, low, high (95 %), first, second (mean AUROCs).
+    The paired differences of the S runs and their DeLong covariance over patients go through `over_runs`; the covariance
+    has the Satterthwaite degrees of freedom of its malignant part (carriers - 1) and its benign part. One run: DeLong's
+    statistic with a t reference, which says nothing of another run. Returns difference, se, statistic and p (None where
+    no error can be computed), df, low, high (95 %; None likewise), parts, first, second (mean AUROCs).
     """
     first, second = np.atleast_2d(first), np.atleast_2d(second)
     if first.shape != second.shape:
         raise ValueError(f"the arms have {len(first)} and {len(second)} seeds: a paired test needs the same in both")
     seeds = len(first)
-    aurocs, covariance = delong(labels, np.concatenate([first, second]), patients)
-    contrast = np.repeat([-1.0, 1.0], seeds) / seeds
-    differences = aurocs[seeds:] - aurocs[:seeds]
-    over_tiles = max(float(contrast @ covariance @ contrast), 0.0)
-    over_seeds = float(differences.var(ddof=1)) / seeds if seeds > 1 else 0.0
-    difference, se = float(differences.mean()), float(np.sqrt(over_tiles + over_seeds))
-    df = (over_tiles + over_seeds) ** 2 * (seeds - 1) / over_seeds ** 2 if over_seeds > 0 else np.inf
-    if se < 1e-12:  # the same ranking in both arms: no difference and no doubt about it
-        return _test(difference, 0.0, 0.0, None, 1.0, difference, difference, aurocs, seeds)
-    statistic = difference / se
-    half = float(stats.t.ppf(0.5 + LEVEL / 2, df)) * se
-    p = float(2 * stats.t.sf(abs(statistic), df))
-    return _test(difference, se, statistic, None if np.isinf(df) else float(df), p, difference - half,
-                 difference + half, aurocs, seeds)
-
-
-def _test(difference, se, statistic, df, p, low, high, aurocs, seeds):
-    return {"difference": difference, "se": se, "statistic": statistic, "df": df, "p": p, "low": low, "high": high,
+    aurocs, malignant, benign, crossed, counts = _delong(labels, np.concatenate([first, second]), patients)
+    contrast = np.hstack([-np.eye(seeds), np.eye(seeds)])
+    by_class = [contrast @ part @ contrast.T for part in (malignant, benign)]
+    df = float(satterthwaite([(_shared(part), np.asarray(count - 1.0)) for part, count in zip(by_class, counts)]))
+    differences = contrast @ aurocs
+    parts = over_runs(differences, sum(by_class) + contrast @ crossed @ contrast.T, np.asarray(df))
+    difference, se = float(differences.mean()), float(np.sqrt(sum(variance for variance, _ in parts)))
+    p = two_sided_p(difference, parts)
+    low, high = difference_interval(difference, parts) or (None, None)
+    effective = float(satterthwaite(parts))
+    return {"difference": difference, "se": se, "statistic": None if p is None else difference / se,
+            "df": None if np.isinf(effective) else effective, "p": p, "low": low, "high": high, "parts": parts,
             "first": float(aurocs[:seeds].mean()), "second": float(aurocs[seeds:].mean())}
+
+
+def _shared(covariance):
+    """What the runs share: the mean off the diagonal, at least 0; of one run its variance."""
+    runs = len(covariance)
+    if runs == 1:
+        return covariance[0, 0]
+    return max((covariance.sum() - np.trace(covariance)) / (runs * (runs - 1)), 0.0)
 
 
 # ------------------------------------------------------------------------------------------- bootstrap
@@ -141,18 +266,6 @@ def patient_resamples(labels: np.ndarray, patients: np.ndarray | None, count: in
     return draws[:, group]
 
 
-def seed_resamples(seeds: int, count: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Weights of the training seeds in each resample: [count, seeds], rows sum to 1.
-
-    S - 1 of S seeds are drawn with replacement: the rescaled bootstrap (Rao & Wu 1988), whose variance of a mean is
-    the unbiased s^2 / S, where drawing S would give (S - 1) / S of it, a third too little at three seeds.
-    """
-    if seeds == 1:
-        return np.ones((count, 1))
-    picks = np.random.default_rng([seed, 1]).integers(seeds, size=(count, seeds - 1))
-    return np.stack([(picks == s).sum(1) for s in range(seeds)], axis=1) / (seeds - 1)
-
-
 def bootstrap(labels: np.ndarray, scores: np.ndarray, thresholds: list, weights: np.ndarray) -> dict[str, np.ndarray]:
     """Every metric of every seed in each resample: name -> [S, R].
 
@@ -163,65 +276,36 @@ def bootstrap(labels: np.ndarray, scores: np.ndarray, thresholds: list, weights:
     return {name: np.stack([value[name] for value in values]) for name in classification.METRICS}
 
 
-def mean_over_seeds(values: np.ndarray, seed_weights: np.ndarray) -> np.ndarray:
-    """Means [R] of `values` [S, R] of `bootstrap` under weights [R, S] of `seed_resamples`; NaN if one has no value."""
-    return np.einsum("sr,rs->r", values, seed_weights)
+def resampled_covariance(values: np.ndarray, patients: int) -> np.ndarray | None:
+    """Covariance over patients [S, S, ...] of a figure of S runs, from its resamples [S, R, ...].
 
-
-def interval(estimate: float, distribution: np.ndarray, patients: int, ceiling: float = 1.0, carriers: int | None = None,
-             level: float = LEVEL) -> tuple[float, float] | None:
-    """Interval of a metric in [0, ceiling]: estimate +- t x the bootstrap's standard error, on the logit scale.
-
-    `patients`: how many carry malignant tiles; t has that many less one degrees of freedom and the error is widened by
-    sqrt(m / (m - 1)). At 79 malignant tiles it covers 93-97 % where the plain percentile interval falls to 91 %; at 28
-    it still covers only about 91 % for AUPRC and 90 % for pAUC. An estimate at an end has no logit: there the exact
-    binomial interval over `carriers` stands in (how many patients the metric is a rate of; default `patients`). None
-    where the metric has no value (see `usable`).
+    Raised by m / (m - 1) for m = `patients`, which the bootstrap falls short by. None if over 5 % of the resamples have
+    no value (precision where nothing is called malignant).
     """
-    distribution = usable(distribution)
-    if distribution is None or np.isnan(estimate):
+    defined = ~np.isnan(values).any(axis=(0, *range(2, values.ndim)))
+    if defined.mean() < 0.95:
         return None
-    share = estimate / ceiling
-    if share <= 0 or share >= 1:
-        count = carriers or patients
-        low, high = clopper_pearson(0 if share <= 0 else count, count, level)
-        return low * ceiling, high * ceiling
-    reach = _reach(patients, level) * distribution.std() / ceiling / (share * (1 - share))
-    low, high = special.expit(special.logit(share) + np.array([-reach, reach])) * ceiling
-    return float(low), float(high)
+    values = values[:, defined]
+    centred = values - values.mean(1, keepdims=True)
+    return np.einsum("sr...,tr...->st...", centred, centred) / (len(centred[0]) - 1) * patients / (patients - 1)
 
 
-def difference_interval(distribution: np.ndarray, patients: int, level: float = LEVEL) -> tuple[float, float] | None:
-    """Percentile interval of a paired difference, its tails moved out for few patients (Hesterberg 2015,
-    Am. Stat. 69:371, section 4.3, 'expanded percentile'). None as `interval`."""
-    distribution = usable(distribution)
-    if distribution is None:
-        return None
-    tail = stats.norm.cdf(-_reach(patients, level))
-    low, high = np.quantile(distribution, [tail, 1 - tail])
-    return float(low), float(high)
+def rate_over_patients(hits: np.ndarray, patients: np.ndarray) -> tuple[float, float | None, float | None]:
+    """Share of hits [S, n] (bool), mean over S runs, with its 95 % interval over the patients [n] the tiles are of.
 
-
-def p_value(distribution: np.ndarray, patients: int) -> float | None:
-    """Two-sided p of 'no difference' that agrees with `difference_interval`: the level at which that just touches 0."""
-    distribution = usable(distribution)
-    if distribution is None:
-        return None
-    hits = min((distribution <= 0).sum(), (distribution >= 0).sum())
-    tail = min(0.5, (1 + hits) / (1 + len(distribution)))
-    return float(2 * stats.t.sf(stats.norm.isf(tail) / np.sqrt(patients / (patients - 1)), patients - 1))
-
-
-def usable(distribution: np.ndarray) -> np.ndarray | None:
-    """The resamples that give a value; None if over 5 % do not (precision where nothing is called malignant)."""
-    defined = distribution[~np.isnan(distribution)]
-    return defined if len(defined) >= 0.95 * len(distribution) else None
-
-
-def _reach(patients, level):
-    if patients < 2:
-        raise ValueError("an interval needs at least two patients with malignant tiles")
-    return stats.t.ppf((1 + level) / 2, patients - 1) * np.sqrt(patients / (patients - 1))
+    A ratio of patients' sums: with e_sp = sum over p's tiles of (hit - rate_s), covariance G / (G - 1) e e' / n^2 over G
+    patients (Cochran 1977, section 3.12). low and high are None with too few patients or runs.
+    """
+    hits = np.atleast_2d(np.asarray(hits, dtype=np.float64))
+    rates = hits.mean(1)
+    _, group = np.unique(patients, return_inverse=True)
+    count = int(group.max()) + 1
+    found = None
+    if enough(count, count, len(hits)):
+        residuals = _by_patient(hits - rates[:, None], group, count)
+        covariance = count / (count - 1) * (residuals @ residuals.T) / hits.shape[1] ** 2
+        found = interval(float(rates.mean()), over_runs(rates, covariance, np.asarray(count - 1.0)), count)
+    return float(rates.mean()), *(found or (None, None))
 
 
 # ---------------------------------------------------------------------------------- decisions, families

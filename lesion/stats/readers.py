@@ -14,14 +14,18 @@ import numpy as np
 from scipy import stats
 
 from lesion.stats import inference
+from lesion.stats.agreement import cohen_kappa, fleiss_kappa
 
 SCALE = {1: "surely synthetic", 2: "probably synthetic", 3: "rather synthetic",
          4: "rather real", 5: "probably real", 6: "surely real"}
 MARGIN = 0.5  # of d': an unbiased reader right on Phi(0.25) = 60 % of the tiles
 ALPHA = 0.05
+SPANS = {"d_prime": "line", "criterion": "line"}  # of the pooled figures; the others are shares
 COUNTS = ("hits", "signals", "false_alarms", "noises")
 PUBLISHED = (133, 200, 101, 200)  # the seed study: 133 real and 99 synthetic tiles right
 MIN_TILES = 5  # of each class, or a reader has no figures
+LEAST = 3      # readers from which their spread gives an interval for others; one reader is judged alone
+HASTY = 1.0    # seconds a tile (median) under which a reader can hardly have looked
 
 
 # ------------------------------------------------------------------------------------- one reader
@@ -77,16 +81,16 @@ def roc_area(ratings: np.ndarray, is_real: np.ndarray) -> tuple[float, float, fl
 
 @dataclass
 class Pooled:
-    """A mean over readers: estimate; se, df and 95 % interval for other readers and other tiles."""
+    """A mean over readers: estimate; se, df and 95 % interval for other readers and other tiles (None with 2 readers)."""
     estimate: float
     se: float
     df: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     reader_sd: float | None  # between readers, beyond what tiles explain; None with one reader
 
 
-def pool(figures: np.ndarray, without: np.ndarray, is_real: np.ndarray) -> Pooled:
+def pool(figures: np.ndarray, without: np.ndarray, is_real: np.ndarray, span: str = "line") -> Pooled:
     """Mean of a figure over readers; readers and tiles both random (Obuchowski & Rockette 1995, Hillis 2007, 2014).
 
     figures [R]: theta_r; without [R, M]: theta_r with tile j left out (theta_r itself where r did not see j).
@@ -94,7 +98,9 @@ def pool(figures: np.ndarray, without: np.ndarray, is_real: np.ndarray) -> Poole
     within the class. Var, Cov2 = means of S on and off its diagonal, MS(R) = variance of theta_r, raised to Var - Cov2
     where it falls short (readers who vary less than their tiles alone would make them);
     var(mean) = (MS(R) + R max(Cov2, 0)) / R, df = (MS(R) + R max(Cov2, 0))^2 / (MS(R)^2 / (R - 1)).
-    With one reader the variance over tiles is all there is: the interval then holds for that reader only.
+    With one reader the variance over tiles is all there is: the interval then holds for that reader only. With two there
+    is none. span: where the figure lies, "line" (d', c), "share" (0..1: the interval is made on the logit scale) or
+    "difference" (of shares: cut to -1..1), so that no interval leaves it.
     """
     readers = len(figures)
     covariance = np.zeros((readers, readers))
@@ -115,8 +121,17 @@ def pool(figures: np.ndarray, without: np.ndarray, is_real: np.ndarray) -> Poole
         df = total ** 2 * (readers - 1) / between ** 2 if between > 0 else np.inf
     se = float(np.sqrt(total / readers))
     mean = float(np.mean(figures))
-    half = float(stats.t.ppf(0.975, df)) * se
-    return Pooled(mean, se, df, mean - half, mean + half, reader_sd)
+    return Pooled(mean, se, df, *_ends(span, mean, se, df, is_real, readers), reader_sd)
+
+
+def _ends(span, mean, se, df, is_real, readers):
+    """95 % interval of `pool`; (None, None) with too few readers, or where no error can be computed."""
+    if 1 < readers < LEAST:
+        return None, None
+    parts = [(np.asarray(se ** 2), np.asarray(df))]
+    if span == "share":
+        return inference.interval(mean, parts, int(min(is_real.sum(), (~is_real).sum()))) or (None, None)
+    return inference.difference_interval(mean, parts, 1.0 if span == "difference" else np.inf) or (None, None)
 
 
 def jackknife(ratings: np.ndarray, is_real: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -154,24 +169,6 @@ def _areas(ratings, is_real, seen, totals):
     return wins / (totals[0] * totals[1]), (wins[:, None] - own) / pairs
 
 
-def cohen_kappa(first: np.ndarray, second: np.ndarray) -> float | None:
-    """(p_o - p_e) / (1 - p_e) of two readers' answers [n] (scikit-learn's); None where both only ever gave one and the
-    same answer, which leaves nothing to agree on beyond chance."""
-    from sklearn.metrics import cohen_kappa_score
-    if len(np.union1d(first, second)) < 2:
-        return None
-    return float(cohen_kappa_score(first, second))
-
-
-def fleiss_kappa(counts: np.ndarray) -> float | None:
-    """Agreement of more than two readers (Fleiss 1971); counts [tiles, answers] of readers, every row the same sum."""
-    counts = np.asarray(counts, dtype=float)
-    readers = counts[0].sum()
-    expected = ((counts.sum(0) / counts.sum()) ** 2).sum()
-    observed = ((counts ** 2).sum(1) - readers).mean() / (readers * (readers - 1))
-    return None if expected > 1 - 1e-12 else float((observed - expected) / (1 - expected))
-
-
 # ------------------------------------------------------------------------------------- equivalence
 
 def tost(estimate: float, se: float, df: float, margin: float = MARGIN) -> float:
@@ -180,8 +177,11 @@ def tost(estimate: float, se: float, df: float, margin: float = MARGIN) -> float
 
 
 def tost_power(se: float, df: float, margin: float = MARGIN, alpha: float = ALPHA) -> float:
-    """Chance that `tost` succeeds if the truth is 0: max(0, 2 T(margin / se - t_{1-alpha}) - 1), T the t cdf."""
-    return float(max(0.0, 2 * stats.t.cdf(margin / se - stats.t.ppf(1 - alpha, df), df) - 1))
+    """Chance that `tost` succeeds if the truth is 0 and the true standard error is `se`: the estimate is normal, its
+    estimated error se u with u^2 chi-square over df; mean over u of max(0, 2 Phi(margin / se - t_{1-alpha} u) - 1)
+    (Phillips 1990, J Pharmacokinet Biopharm 18:137)."""
+    errors = np.sqrt(stats.chi2.ppf((np.arange(2000) + 0.5) / 2000, min(df, 1e6)) / min(df, 1e6))
+    return float(np.maximum(2 * stats.norm.cdf(margin / se - stats.t.ppf(1 - alpha, df) * errors) - 1, 0).mean())
 
 
 def simulate(rng: np.random.Generator, readers: int, count: int, d_prime: float = 0.0, criterion: float = 0.0,
@@ -232,20 +232,29 @@ def analyse(names: list[str], ratings: np.ndarray, is_real: np.ndarray, malignan
     rows = [_reader_row(name, row, is_real) for name, row in zip(names, ratings, strict=True)]
     for row, adjusted in zip(rows, inference.holm([row["p"] for row in rows]), strict=True):
         row["p_holm"] = adjusted
-    if seconds is not None:
-        for row, times in zip(rows, seconds[keep], strict=True):
-            row["seconds"] = float(np.nanmedian(times)) if np.isfinite(times).any() else None
-    pooled = {name: _plain(pool(*values, is_real)) for name, values in figures.items()}
+    for row, times in zip(rows, [None] * len(rows) if seconds is None else seconds[keep], strict=True):
+        row["seconds"] = float(np.nanmedian(times)) if times is not None and np.isfinite(times).any() else None
+        row["hasty"] = row["seconds"] is not None and row["seconds"] < HASTY
+    pooled = {name: _plain(pool(*values, is_real, SPANS.get(name, "share"))) for name, values in figures.items()}
+    patient = np.array([not row["hasty"] for row in rows])
     d = pooled["d_prime"]
-    df = np.inf if d["df"] is None else d["df"]
     results = {"readers": rows, "left_out": left_out, "pooled": pooled,
                "total": together(*(sum(row[name] for row in rows) for name in COUNTS)),
                "agreement": _agreement(names, ratings),
-               "equivalence": {"margin": margin, "p": tost(d["estimate"], d["se"], df, margin),
-                               "power": tost_power(d["se"], df, margin)},
+               "equivalence": {"margin": margin} | _equivalence(d, margin),
+               "without_hasty": None if patient.all() or not patient.any() else _plain(
+                   pool(*(part[patient] for part in figures["d_prime"]), is_real)),
                "malignancy": None if malignant is None else _malignancy(names, malignant[keep], ratings > 0, is_real)}
     results["verdict"] = verdict(results)
     return results
+
+
+def _equivalence(d: dict, margin: float) -> dict:
+    """p and power of `tost`; None where d' has no interval."""
+    if d["low"] is None:
+        return {"p": None, "power": None}
+    df = np.inf if d["df"] is None else d["df"]
+    return {"p": tost(d["estimate"], d["se"], df, margin), "power": tost_power(d["se"], df, margin)}
 
 
 def _plain(pooled: Pooled) -> dict:
@@ -306,9 +315,9 @@ def _malignancy(names: list[str], malignant: np.ndarray, seen: np.ndarray, is_re
     (real, real_without), (synthetic, synthetic_without) = shares
     return {"readers": [{"reader": name, "real": float(r), "synthetic": float(s)}
                         for name, r, s in zip(names, real, synthetic, strict=True)],
-            "real": _plain(pool(real, real_without, is_real)),
-            "synthetic": _plain(pool(synthetic, synthetic_without, is_real)),
-            "difference": _plain(pool(real - synthetic, real_without - synthetic_without, is_real))}
+            "real": _plain(pool(real, real_without, is_real, "share")),
+            "synthetic": _plain(pool(synthetic, synthetic_without, is_real, "share")),
+            "difference": _plain(pool(real - synthetic, real_without - synthetic_without, is_real, "difference"))}
 
 
 def verdict(results: dict) -> str:
@@ -316,6 +325,23 @@ def verdict(results: dict) -> str:
     d, correct, same = results["pooled"]["d_prime"], results["pooled"]["correct"], results["equivalence"]
     one = len(results["readers"]) == 1
     who = "The reader" if one else f"The {len(results['readers'])} readers"
+    if d["low"] is None:
+        text = (f"No verdict: {len(results['readers'])} readers are too few for one that holds for other readers (at least "
+                f"{LEAST}), or their answers leave no error to judge by (pooled d' {d['estimate']:.2f}; "
+                f"{correct['estimate']:.0%} right, guessing gives 50%).")
+    else:
+        text = _decision(who, d, correct, same)
+    able = sum(row["p_holm"] < ALPHA and row["correct_rate"] > row["chance"] for row in results["readers"])
+    if not one:
+        text += f" Taken one by one, {able} of {len(results['readers'])} beat guessing (Holm)."
+    criterion = results["pooled"]["criterion"]
+    if criterion["low"] is not None and (criterion["low"] > 0 or criterion["high"] < 0):
+        habit = "synthetic" if criterion["low"] > 0 else "real"
+        text += f" The habit was to say {habit} (c = {criterion['estimate']:.2f})."
+    return text + _haste(results) + (" This holds for this reader on other tiles, not for other readers." if one else "")
+
+
+def _decision(who, d, correct, same):
     figures = (f"(pooled d' {d['estimate']:.2f}, 95% interval {d['low']:.2f} to {d['high']:.2f}; "
                f"{correct['estimate']:.0%} right, guessing gives 50%)")
     most = stats.norm.cdf(same["margin"] / 2)
@@ -324,19 +350,23 @@ def verdict(results: dict) -> str:
         text = f"{who} told real from synthetic tiles better than by guessing {figures}."
         if same["p"] < ALPHA:
             text += f" The difference is small: by the equivalence test it is less than the margin ({margin})."
-    elif d["high"] < 0:
-        text = f"{who} told the tiles apart but the wrong way round, taking synthetic ones for real {figures}."
-    elif same["p"] < ALPHA:
-        text = f"{who} could not tell real from synthetic tiles {figures}: equivalent to guessing ({margin}; " \
-               f"TOST p = {same['p']:.3f})."
-    else:
-        text = (f"Undecided {figures}: this shows neither that readers can tell nor that they cannot. Were they unable "
-                f"to, a study like this had a {same['power']:.0%} chance of showing it ({margin}).")
-    able = sum(row["p_holm"] < ALPHA and row["correct_rate"] > row["chance"] for row in results["readers"])
-    if not one:
-        text += f" Taken one by one, {able} of {len(results['readers'])} beat guessing (Holm)."
-    criterion = results["pooled"]["criterion"]
-    if criterion["low"] > 0 or criterion["high"] < 0:
-        habit = "synthetic" if criterion["low"] > 0 else "real"
-        text += f" The habit was to say {habit} (c = {criterion['estimate']:.2f})."
-    return text + (" This holds for this reader on other tiles, not for other readers." if one else "")
+        return text
+    if d["high"] < 0:
+        return f"{who} told the tiles apart but the wrong way round, taking synthetic ones for real {figures}."
+    if same["p"] < ALPHA:
+        return (f"{who} could not tell real from synthetic tiles {figures}: equivalent to guessing ({margin}; TOST p = "
+                f"{same['p']:.3f}).")
+    return (f"Undecided {figures}: this shows neither that readers can tell nor that they cannot. Were they unable to, a "
+            f"study like this had a {same['power']:.0%} chance of showing it ({margin}).")
+
+
+def _haste(results):
+    """Who answered too fast to have looked, and d' without them."""
+    hasty = [row for row in results["readers"] if row["hasty"]]
+    if not hasty:
+        return ""
+    who = ", ".join(f"{row['reader']} ({row['seconds']:.1f} s)" for row in hasty)
+    rest = results["without_hasty"]
+    without = "no other reader is left" if rest is None else f"without them the pooled d' is {rest['estimate']:.2f}" + (
+        "" if rest["low"] is None else f", 95% interval {rest['low']:.2f} to {rest['high']:.2f}")
+    return f" Answered too fast to have looked (median under {HASTY:g} s a tile): {who}; {without}."

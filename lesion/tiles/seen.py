@@ -1,6 +1,6 @@
 """Which tiles a LoRA has seen, who a tile belongs to, and that nothing held out is among them.
 
-Proven by tests/tiles/test_seen.py and tests/classify/test_arms.py.
+Proven by tests/classify/test_arms.py.
 """
 import json
 from dataclasses import dataclass, field

@@ -1,6 +1,6 @@
 """A training run's state: checkpoints that resume to the bit, LoRA files with their metadata.
 
-Proven by tests/train/test_checkpoint.py and tests/train/test_train_lora.py.
+Proven by tests/train/test_train_lora.py.
 """
 
 import json
@@ -88,12 +88,15 @@ def lora_metadata(recipe: Recipe, record: dict, done: int) -> dict[str, str]:
         "lesion_resolution": str(recipe.resolution),
         "lesion_step": str(done),
         "lesion_seed": str(recipe.seed),
-        "lesion_recipe": json.dumps({k: v for k, v in record.items() if k != "provenance"}, sort_keys=True),
+        "lesion_recipe": json.dumps({k: v for k, v in record.items() if k not in ("provenance", "tag_frequency")}, sort_keys=True),
         "lesion_git_commit": str(record["provenance"]["git_commit"]),
     }
     if recipe.lora_format == "diffusers":
         return ours
-    return ours | formats.kohya_metadata(
+    example = next(iter(record["tag_frequency"]), "")
+    title = {"modelspec.title": f"{recipe.label} skin lesions, phase {recipe.phase}",
+             "modelspec.resolution": f"{recipe.resolution}x{recipe.resolution}"}
+    return ours | title | formats.kohya_metadata(
         recipe.rank,
         recipe.alpha,
         output_name=f"{recipe.label}-phase{recipe.phase}",
@@ -112,4 +115,6 @@ def lora_metadata(recipe: Recipe, record: dict, done: int) -> dict[str, str]:
         mixed_precision={"fp32": "no"}.get(recipe.precision, recipe.precision),
         optimizer="torch.optim.AdamW",
         lr_scheduler=recipe.schedule,
+        tag_frequency={Path(recipe.data).name: record["tag_frequency"]},
+        training_comment=f"prompts are phrases between commas ({example}, ...), in the words of lesion/describe/prompts.py",
     )

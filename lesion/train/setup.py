@@ -85,10 +85,17 @@ def record_of(recipe: Recipe, sd: StableDiffusion, seen: list[dict], resumed: di
     known["data_sha256"] = files.sha256_json([[row["sha256"], texts[row["file_name"]]] for row in seen])
     known["color_norm"] = recorded_norm(recipe.data)[0]
     known["tiles"] = len(seen)
+    known["tag_frequency"] = tag_frequency([texts[row["file_name"]] for row in seen])
     start = resumed.get("init_lora") if resumed else _starting_lora(recipe, known)
     known["init_lora"] = str(start) if start else None
     known["init_lora_sha256"] = files.sha256_file(formats.find(Path(start))) if start else None
     return known | {"provenance": provenance()}
+
+
+def tag_frequency(texts: list[str]) -> dict[str, int]:
+    """How many texts hold each phrase between commas, the commonest first: what user interfaces show of a LoRA."""
+    counts = Counter(phrase for text in texts for phrase in dict.fromkeys(part.strip() for part in text.split(",")) if phrase)
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _starting_lora(recipe: Recipe, known: dict) -> str | Path | None:

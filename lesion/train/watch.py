@@ -1,6 +1,6 @@
 """What watches a run: validation on fixed noise, sample sheets, metrics.jsonl and timing.jsonl, the loss curve.
 
-Proven by tests/train/test_watch.py and tests/train/test_train_lora.py.
+Proven by tests/train/test_setup.py and tests/train/test_train_lora.py.
 """
 import math
 import time
@@ -119,11 +119,22 @@ def quartiles(error: Tensor, timesteps: Tensor) -> dict[int, float | None]:
     return {q + 1: error.cpu()[quarter == q].mean().item() if (quarter == q).any() else None for q in range(4)}
 
 
+def _tensorboard(folder: Path, done: int):
+    """A writer of curves that takes back what a stopped run wrote after `done`. ValueError where tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--log tensorboard needs the package tensorboard: pip install tensorboard") from None
+    return SummaryWriter(str(folder), purge_step=done + 1)
+
+
 class Log:
     """metrics.jsonl (the same bytes in every run of a recipe) and timing.jsonl (not): losses stay on the device until `flush`."""
 
-    def __init__(self, folder: Path, device: torch.device, rows: list[dict], done: int, batch: int, writes: bool = True):
+    def __init__(self, folder: Path, device: torch.device, rows: list[dict], done: int, batch: int, writes: bool = True,
+                 curves: bool = False):
         self.folder, self.device, self.rows, self.batch, self.writes = Path(folder), device, rows, batch, writes
+        self.curves = _tensorboard(self.folder / "tensorboard", done) if curves and writes else None
         self.waiting: list[tuple] = []
         self.seen = [done, time.perf_counter()]
 
@@ -164,6 +175,7 @@ class Log:
         self.waiting, self.seen = [], [last, now]
         memory = devices.peak_mem_gib(self.device)
         files.append_jsonl(self.folder / "metrics.jsonl", *rows)
+        self._draw(*rows)
         files.append_jsonl(self.folder / "timing.jsonl", {"step": last, "step_ms": 1000 * seconds, "images_per_s": self.batch / seconds,
                                                             "peak_mem_gib": memory})
         loss = float(np.mean([row["loss"] for row in rows]))
@@ -175,6 +187,16 @@ class Log:
         if not math.isfinite(values["val_loss"]):
             raise ValueError(f"step {done}: validation loss is {values['val_loss']}; nothing was saved over the last checkpoint")
         files.append_jsonl(self.folder / "metrics.jsonl", {"step": done, **values})
+        self._draw({"step": done, **values})
+
+    def _draw(self, *rows: dict) -> None:
+        """The rows as TensorBoard curves, one a name."""
+        if self.curves is not None:
+            for row in rows:
+                for name, value in row.items():
+                    if name != "step" and value is not None:
+                        self.curves.add_scalar(name, value, row["step"])
+            self.curves.flush()
 
     def restart_clock(self) -> None:
         """Leave out of the timing what has happened since the last flush (validation, samples, checkpoints)."""

@@ -2,14 +2,15 @@
 
 `DATA/labels/NAME.jsonl` holds every answer of NAME, appended and fsynced before the next tile shows
 (lesion.web.journal); nothing else is needed to know what was said. `metadata.jsonl` takes the primary annotator's
-answers: the first one who ever labelled the set, or whoever `--primary` names, kept in `labels/primary.json`. Other
+answers: the first one who said something, or whoever `--primary` names, kept in `labels/primary.json`. Other
 annotators' answers stay in their journals, for agreement. A row of the manifest that has an answer keeps what stood
 there before under `suggested`, so that another annotator is shown the measured suggestions, never a colleague's answers,
 and an undo restores it.
 
 Journal rows: `event` and a random `id`, with `tile` (its file name):
     answer   `answers` {attribute: value, a list, or null for "cannot tell"},
-             `was` {attribute: accepted, corrected (there was a suggestion) or given (there was none)}
+             `was` {attribute: accepted, corrected (a suggestion was in view), given (none was), imported (from a table),
+             agreed, adjudicated (lesion.web.label_adjudicate)}, `blind` true where suggestions were hidden
     undo     `undoes`, the id of an answer row
     flag     `flagged`, true or false
     comment  `text`
@@ -18,6 +19,7 @@ Proven by tests/web/test_label.py.
 import contextlib
 import os
 import re
+import secrets
 import statistics
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -51,8 +53,8 @@ def journal_path(folder: Path, annotator: str) -> Path:
 
 
 def annotators(folder: Path) -> list[str]:
-    """Names of everyone with a journal in `folder`."""
-    return sorted(path.stem for path in (Path(folder) / "labels").glob("*.jsonl"))
+    """Names of everyone who has said something in `folder`."""
+    return sorted(path.stem for path in (Path(folder) / "labels").glob("*.jsonl") if path.stat().st_size)
 
 
 def select(folder: Path, label: str = "all", split: str = "all") -> tuple[list[dict], list[str]]:
@@ -247,7 +249,7 @@ def attributes_of(suggested: dict, answers: dict) -> dict:
 # ------------------------------------------------------------------------------------ the manifest
 
 def primary(folder: Path) -> str | None:
-    """Whose answers the manifest takes; None before anyone labelled."""
+    """Whose answers the manifest takes, once that is settled."""
     path = Path(folder) / "labels" / "primary.json"
     return check_annotator(str(files.read_json(path).get("primary"))) if path.exists() else None
 
@@ -257,14 +259,47 @@ def set_primary(folder: Path, annotator: str) -> None:
     files.write_json(Path(folder) / "labels" / "primary.json", {"primary": check_annotator(annotator)})
 
 
+def first_annotator(folder: Path) -> str | None:
+    """Whoever said something first; None before anyone has."""
+    began = {}
+    for name in annotators(folder):
+        rows = read_journal(journal_path(folder, name), check_row)[0]
+        if rows:
+            began[name] = rows[0].get("time", "")
+    return min(began, key=began.get) if began else None
+
+
+def people(folder: Path, names: list[str]) -> tuple[str, dict[str, str]]:
+    """(the set's secret, {name: personal link}): those there keep theirs in labels/links.json, others get one.
+
+    The secret opens the page of progress where no token is given, and makes cookies. ValueError for a name twice.
+    """
+    path = Path(folder) / "labels" / "links.json"
+    known = files.read_json(path) if path.exists() else {"secret": secrets.token_urlsafe(24), "links": {}}
+    if not isinstance(known.get("secret"), str) or not isinstance(known.get("links"), dict):
+        raise ValueError(f"{path} was edited: remove it to give everyone a new link")
+    if twice := [name for number, name in enumerate(names) if name.casefold() in {n.casefold() for n in names[:number]}]:
+        raise ValueError(f"two people named {twice[0]}: everyone needs a name of their own")
+    links = {check_annotator(name): known["links"].get(name) or secrets.token_urlsafe(16) for name in names}
+    after = known | {"links": known["links"] | links}
+    if after != known or not path.exists():
+        files.write_json(path, after)
+        os.chmod(path, 0o600)  # the links are keys
+    return known["secret"], links
+
+
 def sync(folder: Path) -> bool:
     """Bring `metadata.jsonl` up to date with the primary annotator's journal; whether it had to be rewritten.
 
-    One process at a time; all that others have written into the manifest meanwhile is kept.
+    Where nobody is primary yet, whoever said something first is from now on. One process at a time; all that others
+    have written into the manifest meanwhile is kept.
     """
     name = primary(folder)
     if name is None:
-        return False
+        name = first_annotator(folder)
+        if name is None:
+            return False
+        set_primary(folder, name)
     with _locked(Path(folder) / "labels" / "manifest.lock"):
         labels = read_labels(folder, name)
         before = files.read_manifest(folder)

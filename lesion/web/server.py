@@ -6,23 +6,25 @@ How to use it:
     @app.get("/tile/<path:name>")
     def tile(name):
         return server.send_inside(folder, name)                          # 404 for whatever leads out of `folder`
-    server.serve(app, args.host, args.port, ready=lambda url: print(f"open {url}"), browser=not args.no_browser)
+    with server.bind(args.host, args.port) as listener:                  # ValueError: port in use; before anything is made
+        server.serve(app, listener, args.host, ready=lambda url: print(f"open {url}"), browser=not args.no_browser)
 
 What every request passes before a view sees it (OWASP cheat sheets on cross-site request forgery and DNS rebinding;
 the Fetch standard on `Origin`): the Host header names this machine by a loopback name, an IP address or its own host
 name, so that a strange name rebound to 127.0.0.1 is refused; a request that changes something carries an Origin equal
 to its Host; its body is at most 1 MB; and, where a token was given, the token or the cookie it left. Views marked
-`@server.public` need no token. Pages load scripts and styles from /static only: the content security policy allows no
+`@server.public` need no token. Wrong tokens and links slow down, and no address takes all the places
+(lesion.web.limits). Pages load scripts and styles from /static only: the content security policy allows no
 inline code. Templates ending in .html are escaped by Jinja: never write `|safe`. An error is one line, JSON
 `{"error": ...}` to a script and plain text to a person; a ValueError in a view is a 400, an OSError a 500 "not saved".
 Proven by tests/web/test_server.py.
 """
 import errno
-import hashlib
 import hmac
 import ipaddress
 import json
 import logging
+import math
 import os
 import secrets
 import signal
@@ -34,9 +36,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
-import waitress
-from flask import Flask, Response, abort, g, redirect, request, send_file
+from flask import Flask, Response, abort, current_app, g, redirect, request, send_file
+from waitress.adjustments import Adjustments
 from werkzeug.exceptions import HTTPException
+
+from lesion.web import limits
 
 MAX_BODY = 1_000_000  # bytes; a request over this is refused with 413
 MIN_TOKEN = 12  # characters
@@ -61,11 +65,13 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def create_app(import_name: str, token: str | None = None, host: str = "127.0.0.1", names: Iterable[str] = ()) -> Flask:
+def create_app(import_name: str, token: str | None = None, host: str = "127.0.0.1", names: Iterable[str] = (),
+               secret: str | None = None) -> Flask:
     """A Flask app with the guards of the module docstring; templates and static files lie beside this module.
 
     token: at least 12 characters, or None for none. host: what will be bound. names: further host names under which
-    people reach this machine (a reverse proxy's). ValueError for a non-loopback host without a token, or a short one.
+    people reach this machine (a reverse proxy's). secret: what cookies are made with, kept with the data so that they
+    outlive a restart; None draws one. ValueError for a non-loopback host without a token, or a short one.
     """
     if token is None and not is_loopback(host):
         raise ValueError(f"--host {host} lets other machines in: give --token with at least {MIN_TOKEN} characters, "
@@ -76,6 +82,8 @@ def create_app(import_name: str, token: str | None = None, host: str = "127.0.0.
     here = Path(__file__).parent
     app = Flask(import_name, template_folder=here / "templates", static_folder=here / "static")
     app.config.update(MAX_CONTENT_LENGTH=MAX_BODY, SEND_FILE_MAX_AGE_DEFAULT=0, TOKEN=token)
+    app.extensions["guesses"] = limits.Guesses()
+    cookie = None if token is None else hmac.digest((secret or secrets.token_urlsafe()).encode(), token.encode(), "sha256").hex()
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
     own = {"localhost", socket.gethostname().lower(), *(name.lower() for name in names)}
     own |= {f"{socket.gethostname().split('.')[0].lower()}.local", host.lower()} - {""}
@@ -91,7 +99,7 @@ def create_app(import_name: str, token: str | None = None, host: str = "127.0.0.
         view = app.view_functions.get(request.endpoint)
         if token is None or request.endpoint == "static" or getattr(view, "is_public", False):
             return None
-        return check_token(token)
+        return check_token(token, cookie)
 
     @app.after_request
     def add_headers(response: Response) -> Response:
@@ -111,6 +119,10 @@ def create_app(import_name: str, token: str | None = None, host: str = "127.0.0.
     @app.errorhandler(ValueError)
     def bad_value(error: ValueError):
         return error_response(400, " ".join(str(error).split()))
+
+    @app.errorhandler(RecursionError)
+    def bad_depth(error: RecursionError):
+        return error_response(400, "the request is nested too deeply")
 
     @app.errorhandler(OSError)
     def bad_disk(error: OSError):
@@ -153,19 +165,46 @@ def _same_origin() -> bool:
     return urlsplit(request.headers.get("Origin", "")).netloc == request.host
 
 
-def check_token(token: str) -> Response | None:
-    """None if the request holds the token's cookie; a redirect that sets it if `?token=` is right; otherwise 401."""
-    expected = hashlib.sha256(b"lesion cookie " + token.encode()).hexdigest()
+def check_token(token: str, cookie: str) -> Response | None:
+    """None if the request holds `cookie`; a redirect that sets it if `?token=` is right; otherwise 401, or 429 without
+    a look at the token where this address has been wrong too often. The cookie cannot be guessed, so it always counts."""
+    if hmac.compare_digest(request.cookies.get(_cookie_name(), "").encode(), cookie.encode()):
+        return None if request.args.get("token") is None or request.method != "GET" else _without_token()
     given = request.args.get("token")
-    if given is not None and hmac.compare_digest(given.encode(), token.encode()):
-        g.set_token = expected
-        if request.method != "GET":
-            return None
-        rest = "&".join(f"{quote(k)}={quote(v)}" for k, v in request.args.items(multi=True) if k != "token")
-        return redirect(quote(request.path) + (f"?{rest}" if rest else ""), 303)  # the token leaves the address bar
-    if hmac.compare_digest(request.cookies.get(_cookie_name(), "").encode(), expected.encode()):
-        return None
-    return error_response(401, "this page needs a token: open the address printed by the command, with its ?token=...")
+    if given is None:
+        return error_response(401, "this page needs a token: open the address printed by the command, with its ?token=...")
+    if (wait := _guesses().wait_s(request.remote_addr or "")) > 0:
+        return _slow_down(wait)
+    if not hmac.compare_digest(given.encode("utf-8", "replace"), token.encode()):
+        _guesses().wrong(request.remote_addr or "")
+        return error_response(401, "this token is wrong: open the address printed by the command, with its ?token=...")
+    g.set_token = cookie
+    return None if request.method != "GET" else _without_token()
+
+
+def _without_token() -> Response:
+    """The token leaves the address bar."""
+    rest = "&".join(f"{quote(k)}={quote(v)}" for k, v in request.args.items(multi=True) if k != "token")
+    return redirect(quote(request.path) + (f"?{rest}" if rest else ""), 303)
+
+
+def refuse_link() -> None:
+    """End the request of somebody whose personal link is wrong: 404, or 429 where that happens too often. Right links
+    are 128 random bits and always pass."""
+    if (wait := _guesses().wait_s(request.remote_addr or "")) > 0:
+        abort(_slow_down(wait))
+    _guesses().wrong(request.remote_addr or "")
+    abort(404, "no such link: use the one you were sent, in full")
+
+
+def _guesses() -> limits.Guesses:
+    return current_app.extensions["guesses"]
+
+
+def _slow_down(wait: float) -> Response:
+    response = error_response(429, f"too many wrong tokens or links from this address: try again in {math.ceil(wait)} s")
+    response.headers["Retry-After"] = str(math.ceil(wait))
+    return response
 
 
 def _cookie_name() -> str:
@@ -186,25 +225,35 @@ def send_inside(folder: Path, name: str, max_age: int = 0) -> Response:
     return send_file(path, conditional=True, max_age=max_age)
 
 
-def serve(app: Flask, host: str = "127.0.0.1", port: int = 0, ready: Callable[[str], None] | None = None,
-          browser: bool = False, path: str = "/", threads: int = 8) -> None:
-    """Serve until ctrl-C or SIGTERM, then let the requests in hand finish and return.
+def bind(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
+    """A listening socket, before anything else is made or taken over; close it, or give it to `serve`.
 
-    port 0 takes any free one. ready(url) is called once the port is bound: print the address there. browser: open the
-    page where there is a display. Port in use or host not of this machine: ValueError. Call it from the main thread.
+    port 0 takes any free one. ValueError for a port in use, or a host that is not of this machine.
     """
     address = "127.0.0.1" if host == "localhost" else host.strip("[]") or "0.0.0.0"
     try:
-        listener = waitress.create_server(app, host=address, port=port, threads=threads, ident=None,
-                                          max_request_body_size=MAX_BODY, connection_limit=256, channel_timeout=60,
-                                          clear_untrusted_proxy_headers=True)
+        return socket.create_server((address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET, backlog=1024)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise ValueError(f"port {port} of {host} is in use: stop what runs there, or choose another --port "
                              "(0 takes any free one)") from None
-        raise ValueError(f"cannot listen on {host}:{port} ({error.strerror or error}): --host must be an address of "
-                         "this machine, --port a free one") from None
-    url = page_url(host, listener.effective_port, app.config["TOKEN"], path)
+        raise ValueError(f"cannot listen on {host}:{port} ({os.strerror(error.errno) if error.errno and error.errno > 0 else error}"
+                         "): --host must be an address of this machine, --port a free one") from None
+
+
+def serve(app: Flask, listener: socket.socket, host: str = "127.0.0.1", ready: Callable[[str], None] | None = None,
+          browser: bool = False, path: str = "/", threads: int = 8) -> None:
+    """Serve on what `bind(host, ...)` gave until ctrl-C or SIGTERM, then let the requests in hand finish and return.
+
+    ready(url) is called before the first request: print the address there. browser: open the page where there is a
+    display. Call it from the main thread.
+    """
+    settings = Adjustments(sockets=[listener], threads=threads, ident=None, max_request_body_size=MAX_BODY,
+                           connection_limit=limits.PLACES + 50, channel_timeout=limits.IDLE_S, cleanup_interval=5,
+                           asyncore_use_poll=True, clear_untrusted_proxy_headers=True)
+    fair = limits.FairServer(app, {}, _sock=listener, adj=settings, bind_socket=False,
+                             sockinfo=(listener.family, listener.type, listener.proto, listener.getsockname()))
+    url = page_url(host, fair.effective_port, app.config["TOKEN"], path)
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # cli.run lets SIGPIPE kill; here it is only a browser that left
     signal.signal(signal.SIGTERM, _stop)
@@ -214,11 +263,11 @@ def serve(app: Flask, host: str = "127.0.0.1", port: int = 0, ready: Callable[[s
             ready(url)
         if browser and _has_display():
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
-        listener.run()  # ends on KeyboardInterrupt and SystemExit, after the requests in hand
+        fair.run()  # ends on KeyboardInterrupt and SystemExit, after the requests in hand
     except KeyboardInterrupt:
         pass
     finally:
-        listener.close()
+        fair.close()
 
 
 def _stop(number, frame):

@@ -7,7 +7,10 @@ lesion.stats.readers judges the answers.
 Proven by tests/web/test_study.py and tests/browser/test_study_browser.py.
 """
 import math
+import re
+import shlex
 import statistics
+import sys
 import time
 from argparse import BooleanOptionalAction, HelpFormatter, Namespace
 from dataclasses import dataclass, field
@@ -16,6 +19,7 @@ from pathlib import Path
 from lesion.run import cli, lock
 
 EXPECTED_S = 8  # a tile, for the announced duration
+HASTY_S = 1.0   # a median under this is no looking: the organiser's page says so
 
 
 def parse(argv: list[str]) -> Namespace:
@@ -60,8 +64,28 @@ def main(argv: list[str]) -> None:
 def study(args: Namespace) -> None:
     """Make or open the study, write its answers, serve it."""
     from lesion.web import server, study_folder
-    if args.token is None and not args.no_serve and not server.is_loopback(args.host):
+    if args.no_serve:
+        _prepare(args)
+        return
+    if args.token is None and not server.is_loopback(args.host):
         server.create_app(__name__, None, args.host)  # refuses, before anything is made
+    with server.bind(args.host, args.port) as listener:
+        study, readers = _prepare(args)
+        app = create_app(args.folder, study, readers, args.token, args.host, args.name, args.contact)
+
+        def ready(url: str) -> None:
+            base = url.split("/organiser")[0]
+            for reader, entry in zip(readers, study["readers"], strict=True):
+                print(f"{reader.name}: {base}/r/{entry['link']}")
+            print(f"organiser: {url}", flush=True)
+        server.serve(app, listener, args.host, ready=ready, path="/organiser", threads=16)
+    study_folder.export(args.folder)
+    print(f"stopped; {args.folder / 'answers.csv'}: {sum(len(reader.answers) for reader in readers)} answers")
+
+
+def _prepare(args: Namespace) -> tuple:
+    """(study, readers), opened and told about; answers.csv is up to date."""
+    from lesion.web import study_folder
     study = _open(args)
     settings = study["settings"]
     print(f"{args.folder}: {settings['count']} real and {settings['count']} synthetic {settings['label']} tiles of "
@@ -77,18 +101,7 @@ def study(args: Namespace) -> None:
             print(f"{reader.journal.path}, line {number}: skipped, {reason}")
     study_folder.export(args.folder)
     print(f"{args.folder / 'answers.csv'}: {sum(len(reader.answers) for reader in readers)} answers")
-    if args.no_serve:
-        return
-    app = create_app(args.folder, study, readers, args.token, args.host, args.name, args.contact)
-
-    def ready(url: str) -> None:
-        base = url.split("/organiser")[0]
-        for reader, entry in zip(readers, study["readers"], strict=True):
-            print(f"{reader.name}: {base}/r/{entry['link']}")
-        print(f"organiser: {url}", flush=True)
-    server.serve(app, args.host, args.port, ready=ready, path="/organiser", threads=16)
-    study_folder.export(args.folder)
-    print(f"stopped; {args.folder / 'answers.csv'}: {sum(len(reader.answers) for reader in readers)} answers")
+    return study, readers
 
 
 def _open(args: Namespace) -> dict:
@@ -109,14 +122,26 @@ def _open(args: Namespace) -> dict:
     for name, value in given.items():
         value = str(value.resolve()) if isinstance(value, Path) else value
         if value != study["settings"][name]:
-            raise ValueError(f"{args.folder} was made with --{name.replace('_', '-')} {study['settings'][name]}, not "
-                             f"{value}: leave the flag out to go on with it, or give a new folder")
+            raise ValueError(f"{args.folder} was made with {_flag(name, study['settings'][name])}, not {_flag(name, value)}: "
+                             "leave the flag out to go on with it, or give a new folder")
     have = len(study["readers"])
     if args.readers and args.readers < have:
         raise ValueError(f"{args.folder} has {have} readers, not {args.readers}: readers can be added, not taken away")
     if args.readers and args.readers > have:
         study_folder.add_readers(args.folder, study, args.readers)
     return study
+
+
+def _flag(name: str, value: object) -> str:
+    """A setting as one would type it."""
+    flag = name.replace("_", "-")
+    return f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}"
+
+
+def report_command(folder: Path) -> str:
+    """The command that puts a study into the report, as it works from any folder."""
+    script = Path(__file__).resolve().parents[2] / "evaluate.py"
+    return shlex.join([sys.executable, str(script) if script.is_file() else "evaluate.py", "--study", str(Path(folder).resolve())])
 
 
 def _print_power(study: dict) -> None:
@@ -181,7 +206,10 @@ def take_answer(reader: Reader, settings: dict, form: dict) -> str | None:
     from lesion.web import study_folder
     position = _whole(form, "position", 0, len(reader.order) - 1)
     rating, revision = _whole(form, "rating", 1, 6), _whole(form, "revision", 0, 10 ** 6)
-    malignant = {"yes": True, "no": False}.get(form.get("malignant"))
+    malignant = form.get("malignant")
+    if malignant not in ("yes", "no", "", None) or not isinstance(malignant, str | None):
+        raise ValueError(f"malignant {str(malignant)[:20]!r}: allowed are 'yes' and 'no'")
+    malignant = {"yes": True, "no": False}.get(malignant)
     if settings["question_malignancy"] and malignant is None:
         raise ValueError("malignant: allowed are 'yes' and 'no'; choose one before the answer")
     if not settings["question_malignancy"]:
@@ -209,10 +237,9 @@ def take_answer(reader: Reader, settings: dict, form: dict) -> str | None:
 
 
 def _whole(form: dict, name: str, low: int, high: int) -> int:
-    try:
-        value = int(str(form.get(name))[:9])
-    except ValueError:
-        value = None
+    given = form.get(name)
+    text = str(given) if type(given) in (int, str) else ""  # a form's fields are text, JSON's are numbers
+    value = int(text) if re.fullmatch("[0-9]{1,9}", text) else None
     if value is None or not low <= value <= high:
         raise ValueError(f"{name} {str(form.get(name))[:20]!r}: allowed are whole numbers from {low} to {high}")
     return value
@@ -221,8 +248,8 @@ def _whole(form: dict, name: str, low: int, high: int) -> int:
 def _seconds(text: object) -> float | None:
     """A measurement of the browser's: a number of at least 0, or None for anything else."""
     try:
-        value = float(text)
-    except (TypeError, ValueError):
+        value = math.nan if isinstance(text, bool) else float(text)
+    except (TypeError, ValueError, OverflowError):
         return None
     return round(value, 3) if math.isfinite(value) and 0 <= value < 1e6 else None
 
@@ -236,12 +263,13 @@ def create_app(folder: Path, study: dict, readers: list[Reader], token: str | No
 
     from lesion.web import server, study_folder
     settings = study["settings"]
-    app = server.create_app(__name__, token or study["organiser_token"], host, names)
+    app = server.create_app(__name__, token or study["organiser_token"], host, names,
+                            study["organiser_token"])
     by_link = {entry["link"]: reader for entry, reader in zip(study["readers"], readers, strict=True)}
 
     def find(link: str) -> Reader:
         if link not in by_link:
-            abort(404, "no such link: use the one you were sent, in full")
+            server.refuse_link()
         return by_link[link]
 
     @app.get("/")
@@ -287,7 +315,7 @@ def create_app(folder: Path, study: dict, readers: list[Reader], token: str | No
             refusal = take_answer(reader, settings, form)
             state = state_of(reader, settings)
         if state["done"]:
-            study_folder.export(folder)
+            study_folder.export(folder, study)
         if request.is_json:
             return state | {"error": refusal}, 409 if refusal else 200
         return redirect(url_for("page", link=link), 303)
@@ -306,11 +334,11 @@ def create_app(folder: Path, study: dict, readers: list[Reader], token: str | No
     @app.get("/organiser")
     def organiser():
         return render_template("study_organiser.html", readers=_progress(study, readers), settings=settings,
-                               folder=folder.name)
+                               folder=Path(folder).resolve().name, command=report_command(folder))
 
     @app.get("/organiser/answers.csv")
     def answers():
-        return Response(study_folder.answers_csv(folder), mimetype="text/csv",
+        return Response(study_folder.answers_csv(folder, study), mimetype="text/csv",
                         headers={"Content-Disposition": "attachment; filename=answers.csv"})
 
     return app
@@ -327,6 +355,7 @@ def _progress(study: dict, readers: list[Reader]) -> list[dict]:
                       "state": "finished" if len(answers) == len(reader.order) else "reading" if answers else
                                "agreed" if reader.consented else "not started",
                       "seconds": round(statistics.median(times), 1) if times else None,
+                      "hasty": len(times) >= 5 and statistics.median(times) < HASTY_S,
                       "last": max((answer["time"] for answer in answers), default="")[:16].replace("T", " "),
                       "bad": len(reader.journal.bad)})
     return table

@@ -8,15 +8,14 @@
 Nothing about a served tile may tell its class but what it shows. Both classes take the same road: decoded, normalised
 in colour and resized by lesion.tiles.decode; saved once as JPEG at quality 75 with halved chroma, which is how ISIC's own
 tiles come and hides that synthetic ones never were JPEG; then stored as PNG without compression or metadata, so that
-every file has the same length and header. Proven by tests/web/test_study_folder.py.
+every file has the same length and header (lesion.web.study_tiles). Proven by tests/web/test_study_folder.py.
 """
-import csv
 import hashlib
 import hmac
-import io
 import json
 import math
 import os
+import re
 import secrets
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,10 +24,12 @@ import numpy as np
 
 from lesion import __version__
 from lesion.run import files
+from lesion.web import study_tiles
 from lesion.web.journal import read_journal
+from lesion.web.tables import write_table
 
 FORMAT = 1
-JPEG = {"quality": 75, "subsampling": 2}  # ISIC 2024's own tables
+TILE, READER, LINK = r"[0-9a-f]{16}", r"reader-[0-9]{1,4}", r"[A-Za-z0-9_-]{16,64}"  # ids that become paths and addresses
 SPLITS = ("held-out", "test", "val", "train", "all")
 COLUMNS = ("reader", "position", "tile", "class", "file_name", "rating", "malignant", "client_s", "server_s", "changes",
            "by", "time")
@@ -46,20 +47,18 @@ def create(folder: Path, real: Path, synthetic: Path, count: int = 20, label: st
     holds something else, a set has too few readable tiles, or the synthetic tiles differ in size and none is given.
     """
     folder, real, synthetic = Path(folder), Path(real), Path(synthetic)
-    if folder.exists() and any(path.name != "tiles" and path.name[0] != "." for path in folder.iterdir()):
-        raise ValueError(f"{folder} holds other things and no study.json: give a new folder")
-    for left in (folder / "tiles").glob("*.png"):  # of a creation that was killed: their names are of another key
-        left.unlink()
+    _check_unused(folder)
     seed = secrets.randbelow(2 ** 32) if seed is None else seed
     key = secrets.token_bytes(32)
-    manifests = {"real": files.read_manifest(real), "synthetic": files.read_manifest(synthetic)}
+    manifests = {"real": _manifest(real), "synthetic": _manifest(synthetic)}
     candidates = {"real": _spread(_real_rows(manifests["real"], real, label, split, count), seed),
                   "synthetic": _spread(_synthetic_rows(manifests["synthetic"], synthetic, label, count), seed)}
     if resolution is None:
-        resolution = _common_size(synthetic, candidates["synthetic"][:count])
+        resolution = study_tiles.common_size(synthetic, candidates["synthetic"][:count])
+    _sweep(folder)
     tiles, skipped = [], []
     for name, source in (("real", real), ("synthetic", synthetic)):
-        chosen, unreadable = _encode(source, candidates[name], count, resolution)
+        chosen, unreadable = study_tiles.encode_rows(source, candidates[name], count, resolution)
         if len(chosen) < count:
             raise ValueError(f"{source}: only {len(chosen)} of the {count} {label} tiles asked for are readable "
                              f"({unreadable[0]}): give a smaller --count, or more tiles")
@@ -79,6 +78,34 @@ def create(folder: Path, real: Path, synthetic: Path, count: int = 20, label: st
              "tiles": tiles, "skipped": skipped, "provenance": _provenance(real, synthetic, manifests["synthetic"])}
     _write(folder, study)
     return study
+
+
+def _manifest(source: Path) -> list[dict]:
+    """The rows of a source; ValueError for a picture that leads out of it, which readers would be shown."""
+    rows, root = files.read_manifest(source), source.resolve()
+    for row in rows:
+        if not (source / row["file_name"]).resolve().is_relative_to(root):
+            raise ValueError(f"{source / row['file_name']} leads out of {source}: a study takes pictures of that folder only")
+    return rows
+
+
+def _is_leftover(path: Path) -> bool:
+    """What a creation that was killed can leave beside `tiles`: a file that lesion.run.files had not renamed yet."""
+    return path.name.startswith(".") and path.name.endswith(".tmp") and path.is_file()
+
+
+def _check_unused(folder: Path) -> None:
+    if folder.exists() and any(path.name != "tiles" and not _is_leftover(path) for path in folder.iterdir()):
+        raise ValueError(f"{folder} holds other things and no study.json: give a new folder")
+    pictures = (folder / "tiles").iterdir() if (folder / "tiles").is_dir() else ()
+    if foreign := next((path for path in pictures if not re.fullmatch(TILE + r"\.png", path.name) and not _is_leftover(path)), None):
+        raise ValueError(f"{foreign} is no tile of a study: give a new folder")
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a killed creation left: its tiles have ids under a key that is lost."""
+    for path in [*folder.glob(".*.tmp"), *folder.glob("tiles/*")]:
+        path.unlink()
 
 
 def _new_reader(number: int) -> dict:
@@ -117,60 +144,11 @@ def _spread(rows: list[dict], seed: int) -> list[dict]:
     return [rows[index] for _, _, index in sorted(turns)]
 
 
-def _common_size(source: Path, rows: list[dict]) -> int:
-    from PIL import Image
-    sizes = set()
-    for row in rows:
-        try:
-            with Image.open(source / row["file_name"]) as picture:
-                sizes.add(picture.size)
-        except OSError:
-            continue  # _encode names it
-    if len(sizes) != 1 or len(set(next(iter(sizes)))) != 1:
-        listed = ", ".join(f"{width}x{height}" for width, height in sorted(sizes)) or "unreadable"
-        raise ValueError(f"{source}: the synthetic tiles are {listed} pixels, not all of one square size: "
-                         "give --resolution, or a folder drawn at one size")
-    return next(iter(sizes))[0]
-
-
-def _encode(source: Path, rows: list[dict], count: int, resolution: int):
-    """(row, native side, PNG bytes) of the first `count` readable rows, and "name: reason" of those passed over."""
-    from PIL import Image
-
-    from lesion.tiles.decode import load_tiles
-    chosen, unreadable, start = [], [], 0
-    while len(chosen) < count and start < len(rows):
-        batch = rows[start:start + count - len(chosen)]
-        start += len(batch)
-        try:
-            tiles = load_tiles(source, batch, resolution)
-        except ValueError as error:  # none of the batch can be read
-            unreadable.append(str(error))
-            continue
-        unreadable += tiles.unreadable
-        for row, image in zip(tiles.rows, tiles.images_u8, strict=True):
-            with Image.open(source / row["file_name"]) as picture:
-                chosen.append((row, min(picture.size), encode(image)))
-    return chosen, unreadable
-
-
-def encode(image: np.ndarray) -> bytes:
-    """`image` [R,R,3] uint8 once through JPEG, then as PNG of a length that depends on R alone."""
-    from PIL import Image
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image)).save(buffer, "JPEG", **JPEG)
-    with Image.open(buffer) as picture:
-        pixels = np.asarray(picture.convert("RGB"))
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=0)
-    return buffer.getvalue()
-
-
 def _provenance(real, synthetic, synthetic_rows):
     def manifest(source):
         description = source / "dataset.json"
         return {"manifest_sha256": files.sha256_file(source / files.MANIFEST),
-                "dataset": json.loads(description.read_text(encoding="utf-8")) if description.is_file() else None}
+                "dataset": json.loads(description.read_bytes()) if description.is_file() else None}
     loras = {json.dumps(row.get("lora_sha256")) for row in synthetic_rows}
     bases = {json.dumps(row.get("base_sha256")) for row in synthetic_rows}
     return {"real": manifest(real), "synthetic": manifest(synthetic), "lora_sha256": sorted(loras),
@@ -194,6 +172,9 @@ def load(folder: Path) -> dict:
         raise ValueError(f"{path} has format {format_number!r}, this program reads {FORMAT}")
     if seal != _seal(study):
         raise ValueError(f"{path} was edited: a study's settings, tiles and readers stay; restore it from a copy")
+    if not all(re.fullmatch(TILE, str(tile["id"])) for tile in study["tiles"]) or not all(
+            re.fullmatch(READER, str(reader["name"])) and re.fullmatch(LINK, str(reader["link"])) for reader in study["readers"]):
+        raise ValueError(f"{path} was edited: its ids are not those of a study; restore it from a copy")
     side = study["settings"]["resolution"]
     for tile in study["tiles"]:
         file = folder / "tiles" / f"{tile['id']}.png"
@@ -201,19 +182,8 @@ def load(folder: Path) -> dict:
             raise ValueError(f"{file} is missing: restore it from a copy")
         data = file.read_bytes()
         if hashlib.sha256(data).hexdigest() != tile["sha256"]:
-            raise ValueError(f"{file} {_what_changed(data, side)}: restore it from a copy")
+            raise ValueError(f"{file} {study_tiles.what_changed(data, side)}: restore it from a copy")
     return study
-
-
-def _what_changed(data: bytes, side: int) -> str:
-    from PIL import Image
-    try:
-        with Image.open(io.BytesIO(data)) as picture:
-            if picture.size != (side, side):
-                return f"is {picture.size[0]}x{picture.size[1]} pixels, the other tiles {side}x{side}"
-    except OSError:
-        return "is not a picture any more"
-    return "is not the tile the study was made with (its hash differs)"
 
 
 def _seal(study: dict) -> str:
@@ -279,9 +249,10 @@ def latest(rows: list[dict]) -> dict[str, dict]:
     return answers
 
 
-def read_answers(folder: Path) -> tuple[dict, list[dict], list[str]]:
-    """The study, its answers as rows with the keys COLUMNS, and one line for every journal line that was skipped."""
-    study = load(folder)
+def read_answers(folder: Path, study: dict | None = None) -> tuple[dict, list[dict], list[str]]:
+    """The study, its answers as rows with the keys COLUMNS, and one line for every journal line that was skipped.
+    study: what `load` gave before, so that a server need not check every tile again for each reader who finishes."""
+    study = study or load(folder)
     by_id = {tile["id"]: tile for tile in study["tiles"]}
     table, problems = [], []
     for number, reader in enumerate(study["readers"]):
@@ -297,18 +268,14 @@ def read_answers(folder: Path) -> tuple[dict, list[dict], list[str]]:
     return study, table, problems
 
 
-def answers_csv(folder: Path) -> str:
-    """The answers as CSV text, a header and a line an answer."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(read_answers(folder)[1])
-    return text.getvalue()
+def answers_csv(folder: Path, study: dict | None = None) -> str:
+    """The answers as CSV text, a header and a line an answer; no cell is a formula (lesion.web.tables)."""
+    return write_table(COLUMNS, read_answers(folder, study)[1])
 
 
-def export(folder: Path) -> None:
+def export(folder: Path, study: dict | None = None) -> None:
     """Rewrite DIR/answers.csv from the journals, atomically."""
-    files.write_bytes(Path(folder) / "answers.csv", answers_csv(folder).encode())
+    files.write_bytes(Path(folder) / "answers.csv", answers_csv(folder, study).encode())
 
 
 def as_arrays(study: dict, table: list[dict]) -> dict:

@@ -1,7 +1,12 @@
-"""The bench runs, excludes its warm-up and ends in one JSON line; the other side is really diffusers and peft."""
+"""The bench runs the product's own step, excludes its warm-up and ends in one JSON line; the other side is really diffusers and peft."""
 import json
 
 import pytest
+import torch
+
+from lesion.bench import machine, measure, sides
+
+ONE = {"OMP_NUM_THREADS": "1"}
 
 
 def last_line(done):
@@ -9,60 +14,66 @@ def last_line(done):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_train_and_generate(tiny, run_script):
-    """Both benches on the tiny checkpoint: the parts add up to the total within a tenth, images/s is batch over total."""
-    for what, parts in (
-        ("train", ("noise_ms", "text_ms", "forward_ms", "backward_ms", "optimizer_ms")),
-        ("generate", ("text_ms", "unet_ms", "decode_ms")),
-    ):
-        result = last_line(
-            run_script(
-                "-m lesion",
-                "bench",
-                what,
-                "--base",
-                tiny / "folder",
-                "--batch-size",
-                2,
-                "--steps",
-                2,
-                "--resolution",
-                64,
-                env={"OMP_NUM_THREADS": "1"},
-            )
-        )
-        assert result["measured"] == (2 if what == "train" else 3)
-        assert sum(result[part] for part in parts) == pytest.approx(result["total_ms"], rel=0.5)  # medians, and a busy machine
-        assert result["images_per_s"] == pytest.approx(2000 / result["total_ms"], rel=0.01)
-        assert result["peak_mem_gib"] > 0.1
+def bench(run_script, *arguments):
+    return last_line(run_script("-m lesion", "bench", *arguments, env=ONE))
 
 
-def test_peer(tiny, run_script):
-    """--peer diffusers reports both medians and their ratio."""
-    result = last_line(
-        run_script(
-            "-m lesion",
-            "bench",
-            "train",
-            "--base",
-            tiny / "folder",
-            "--batch-size",
-            1,
-            "--steps",
-            1,
-            "--warmup",
-            1,
-            "--resolution",
-            64,
-            "--peer",
-            "diffusers",
-            env={"OMP_NUM_THREADS": "1"},
-        )
-    )
-    assert result["peer_over_ours"] == pytest.approx(result["peer_ms"] / result["ours_ms"], rel=0.01)
+def test_train_generate_and_encode(tiny, run_script):
+    """On the tiny checkpoint: percentiles in order, images/s is batch over the median, memory; generate's parts make its total."""
+    for what, measured in (("train", 2), ("generate", 3), ("encode", 2)):
+        row = bench(run_script, what, "--base", tiny / "folder", "--batch-size", 2, "--steps", 2, "--resolution", 64)
+        assert row["measured"] == measured
+        assert row["total_p10_ms"] <= row["total_ms"] <= row["total_p90_ms"]
+        assert row["images_per_s"] == pytest.approx(2000 / row["total_ms"], rel=0.02)
+        assert row["peak_mem_gib"] > 0.1
+        assert "device" in row
+    assert "mfu" in bench(run_script, "train", "--base", tiny / "folder", "--batch-size", 1, "--steps", 1, "--parts")
 
 
-def test_load_needs_a_checkpoint(run_script):
-    """bench load without --base is an error of one line."""
-    done = run_script("-m lesion", "bench", "load")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+def test_sweep(tiny, run_script):
+    """Several batch sizes: a row each."""
+    found = bench(run_script, "train", "--base", tiny / "folder", "--batch-size", 1, 2, "--steps", 1, "--warmup", 1, "--resolution", 64)
+    assert [row["batch_size"] for row in found["rows"]] == [1, 2]
+
+
+@pytest.mark.parametrize(("what", "peer", "phase"), [("train", "diffusers", 2), ("train", "diffusers-example", 1),
+                                                     ("generate", "diffusers-merged", 1)])
+def test_peer(tiny, run_script, what, peer, phase):
+    """Both medians and their ratio."""
+    row = bench(run_script, what, "--base", tiny / "folder", "--batch-size", 1, "--steps", 1, "--warmup", 1, "--resolution", 64,
+                "--peer", peer, "--phase", phase)
+    assert row["peer_over_ours"] == pytest.approx(row["peer_ms"] / row["ours_ms"], rel=0.05)
+
+
+def test_the_step_is_the_products(tiny, monkeypatch):
+    """The bench's step calls lesion.train.step's functions, and its factors move as training moves them."""
+    called = []
+    for name in ("draw_step", "backward", "update"):
+        real = getattr(sides, name)
+        monkeypatch.setattr(sides, name, lambda *a, real=real, name=name, **k: (called.append(name), real(*a, **k))[1])
+    (args,) = measure.sweep(measure.parse(["train", "--base", str(tiny / "folder"), "--batch-size", "1", "--precision", "fp32"]))
+    step = sides.training_step(args, torch.device("cpu"))
+    assert step()["total_ms"] > 0
+    assert called == ["draw_step", "backward", "update"]
+
+
+def test_flops_are_counted_not_estimated():
+    """One U-Net step at 128 px is 89.2 GFLOP at batch 1 (forward and backward through the frozen base, by independent counting)."""
+    (args,) = measure.sweep(measure.parse(["train", "--batch-size", "1", "--rank", "4"]))
+    assert measure.flops_of_training(args) == pytest.approx(89.2e9, rel=0.03)
+
+
+def test_peak_of_an_unknown_device_is_unknown(monkeypatch):
+    """A GPU that is not in the table has no MFU; the longest name wins; a CPU is measured."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: "NVIDIA Foo")
+    assert machine.peak_tflops(torch.device("cuda"), "fp16") is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: "NVIDIA H100 PCIe")
+    assert machine.peak_tflops(torch.device("cuda"), "fp16") == 756.0
+    assert machine.peak_tflops(torch.device("cpu"), "fp32", side=256) > 0
+
+
+def test_bad_flags_are_one_line(run_script):
+    """bench load without --base, a peer that does not exist."""
+    for arguments in (("load",), ("encode", "--peer", "diffusers-example")):
+        done = run_script("-m lesion", "bench", *arguments)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)

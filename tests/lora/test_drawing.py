@@ -47,7 +47,8 @@ def test_five_lines_give_generate_pys_pictures(tmp_path, run_script):
 
 
 def test_loras_add_up_and_come_off(tmp_path):
-    """Two LoRAs differ from either; weight 0 changes nothing; a LoRA at weight 1 and at -1 cancel; the batch size does not matter."""
+    """Two LoRAs differ from either; weight 0 changes nothing; a LoRA at weight 1 and at -1 cancel; the batch size
+    does not matter."""
     one, two = (random_lora(tmp_path / f"{i}.safetensors", i) for i in (1, 2))
     plain = pixels(lesion.load().draw(PROMPT, [3], steps=2))
     single = pixels(lesion.load().add_lora(one).draw(PROMPT, [3], steps=2))
@@ -57,7 +58,7 @@ def test_loras_add_up_and_come_off(tmp_path):
     assert np.array_equal(pixels(lesion.load().add_lora(one, 0.0).draw(PROMPT, [3], steps=2)), plain)
     assert abs(pixels(lesion.load().add_lora(one).add_lora(one, -1.0).draw(PROMPT, [3], steps=2)) - plain).max() <= 1
     three = lesion.load().draw([PROMPT] * 3, [3, 4, 5], steps=2, batch_size=2)
-    assert np.array_equal(pixels(three[:1]), plain)
+    assert abs(pixels(three[:1]) - plain).max() <= 1  # kernels for another batch size may round otherwise in the last bit
 
 
 def test_layers_removed_are_the_layers_before(tmp_path):

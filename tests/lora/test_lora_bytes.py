@@ -39,7 +39,6 @@ def test_equal_content_gives_equal_bytes(tmp_path, layout):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({f"{NAME}.alpha": torch.tensor(1.0)}, "match no module"),
         ({f"{KEY}.alpha": torch.tensor([1.0, 2.0])}, "alpha one number"),
         (
             {f"{KEY}.lora_down.weight": torch.zeros(0, 6), f"{KEY}.lora_up.weight": torch.zeros(5, 0)},
@@ -50,11 +49,16 @@ def test_equal_content_gives_equal_bytes(tmp_path, layout):
     ],
 )
 def test_impossible_parts_are_refused(tmp_path, change, message):
-    """A dotted alpha (diffusers refuses it, and ignoring it would lose the scale), an alpha of two numbers, rank 0 and
-    0-dim factors each end in one line, not in a traceback."""
+    """An alpha of two numbers, rank 0 and 0-dim factors each end in one line, not in a traceback."""
     kohya = {f"{KEY}.lora_down.weight": factors().down, f"{KEY}.lora_up.weight": factors().up}
-    dotted = {f"{NAME}.lora_A.weight": factors().down, f"{NAME}.lora_B.weight": factors().up}
-    save_file({**(dotted if f"{NAME}.alpha" in change else kohya), **change}, tmp_path / "a.safetensors")
+    save_file({**kohya, **change}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=message) as error:
         formats.read(tmp_path / "a.safetensors", NETWORKS)
     assert "\n" not in str(error.value)
+
+
+def test_a_dotted_alpha_is_read(tmp_path):
+    """diffusers refuses it and ComfyUI reads it; ignoring it would lose the scale."""
+    dotted = {f"{NAME}.lora_A.weight": factors().down, f"{NAME}.lora_B.weight": factors().up, f"{NAME}.alpha": torch.tensor(0.5)}
+    save_file(dotted, tmp_path / "a.safetensors")
+    assert formats.read(tmp_path / "a.safetensors", NETWORKS)[0][NAME].alpha == 0.5

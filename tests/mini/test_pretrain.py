@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 from lesion.describe import prompts
-from lesion.mini import check, pretrain
-from lesion.run import files
+from lesion.mini import check, loop, pretrain, unet
+from lesion.mini import vae as autoencoder
+from lesion.run import files, folders
 from lesion.sd import checkpoint
 from lesion.sd.clip import Tokenizer
+from lesion.sd.vae import to_pixels
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,7 @@ def data(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Few held-back tiles, one thread."""
-    monkeypatch.setattr(pretrain, "CHECK_TILES", 8)
+    monkeypatch.setattr(loop, "CHECK_TILES", 8)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -56,25 +59,19 @@ def digests(folder):
     }
 
 
-def test_both_stages_resume_and_load(data, tmp_path, monkeypatch, capsys):
-    """4 steps equal 2 + resume + 2 to the bit in weights and log; the result loads as an SD 1.5 folder, here and in diffusers."""
+def test_every_stage_resumes_to_the_bit_and_loads(data, tmp_path, monkeypatch, capsys):
+    """4 steps equal 2 + a log row that a crash left + resume + 2: the same bytes of every file (weights with metadata, checkpoint,
+    log, sheet), in both precisions; the result loads as an SD 1.5 folder, here and in diffusers."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    monkeypatch.setattr("lesion.mini.unet.sample_sheet", lambda *_, **__: None)  # thirty sampling steps a checkpoint
-    for stage in ("vae", "unet"):
-        run(stage, data, whole)
-        run(stage, data, cut, "--stop-at", 2)
+    monkeypatch.setattr(unet, "sample_sheet", lambda *_, **__: None)  # thirty sampling steps a checkpoint
+    for stage, more in (("vae", ("--precision", "fp32")), ("texture", ("--precision", "bf16")), ("unet", ("--rare-power", 0.5))):
+        run(stage, data, whole, *more)
+        run(stage, data, cut, "--stop-at", 2, *more)
+        files.append_jsonl(cut / f"{stage}.jsonl", {"step": 3, "loss": 0.0})  # logged, killed before its checkpoint
         with pytest.raises(ValueError, match="give --resume"):
-            run(stage, data, cut)
-        run(stage, data, cut, "--resume")
-        assert {k: v for k, v in digests(whole).items() if "checkpoint" in k} == {
-            k: v for k, v in digests(cut).items() if "checkpoint" in k
-        }
-        assert (whole / f"{stage}.jsonl").read_bytes() == (cut / f"{stage}.jsonl").read_bytes()
-    for name in ("vae", "unet"):
-        ours, theirs = (folder / name / "diffusion_pytorch_model.safetensors" for folder in (whole, cut))
-        from safetensors.torch import load_file
-        a, b = load_file(ours), load_file(theirs)
-        assert all(torch.equal(a[key], b[key]) for key in a)
+            run(stage, data, cut, *more)
+        run(stage, data, cut, "--resume", *more)
+        assert digests(whole) == digests(cut)
     sd = checkpoint.load(whole)
     from diffusers import AutoencoderKL, UNet2DConditionModel
     g = torch.Generator().manual_seed(0)
@@ -85,7 +82,6 @@ def test_both_stages_resume_and_load(data, tmp_path, monkeypatch, capsys):
         torch.testing.assert_close(sd.unet(x, t, context), reference(x, t, context).sample, rtol=0, atol=1e-5)
         reference = AutoencoderKL.from_pretrained(whole / "vae", torch_dtype=torch.float32)
         torch.testing.assert_close(sd.vae.encode(pixels)[0], reference.encode(pixels).latent_dist.mean, rtol=0, atol=2e-4)
-
 
     monkeypatch.setattr(check, "GUIDANCE", (1.0, 3.0))
     monkeypatch.setattr(check, "TRIED", 4)
@@ -110,20 +106,43 @@ def with_val(data, folder, count):
 def test_latents_have_unit_scale(data, tmp_path):
     """After the export 0.18215 times a training tile's latent mean has mean 0 and deviation 1 in every channel."""
     run("vae", data, tmp_path)
-    from lesion.mini.unet import load_vae
-    from lesion.sd.vae import to_pixels
-    images, _ = pretrain.benign_training_tiles(data, 128)
+    images, _ = loop.benign_training_tiles(data, 128)
     with torch.no_grad():
-        mean, _ = load_vae(tmp_path).encode(to_pixels(images[:-8]))
+        mean, _ = autoencoder.load(tmp_path).encode(to_pixels(images[:-8]))
     latents = 0.18215 * mean
     assert latents.mean((0, 2, 3)).abs().max() < 0.05
     assert (latents.std((0, 2, 3)) - 1).abs().max() < 0.05
 
 
+def test_changed_flags_are_refused_or_recorded(data, tmp_path):
+    """--resume with another flag is an error that names it; with --change-flags the weights' metadata tells both stretches."""
+    run("vae", data, tmp_path, "--stop-at", 2)
+    with pytest.raises(ValueError, match=r"kl_weight was 0.0005, now 0.1.*--change-flags"):
+        run("vae", data, tmp_path, "--resume", "--kl-weight", 0.1)
+    run("vae", data, tmp_path, "--resume", "--kl-weight", 0.1, "--change-flags")
+    with safe_open(tmp_path / "vae" / "diffusion_pytorch_model.safetensors", "pt") as file:
+        stretches = json.loads(file.metadata()["lesion_recipe"])
+    assert [(one["from_step"], one["kl_weight"]) for one in stretches] == [(0, 5e-4), (2, 0.1)]
+
+
+def test_start(data, tmp_path):
+    """--start begins with a model's weights: texture leaves its encoder as it was and moves its decoder; a U-Net of other latents,
+    or a folder without a model, is refused."""
+    run("vae", data, tmp_path / "first")
+    run("texture", data, tmp_path / "second", "--start", tmp_path / "first", "--precision", "fp32")
+    before, after = (autoencoder.load(tmp_path / name).state_dict() for name in ("first", "second"))
+    moved = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
+    assert moved == {"decoder", "post_quant_conv"}
+    with pytest.raises(ValueError, match="holds no model"):
+        run("vae", data, tmp_path / "third", "--start", tmp_path)
+    run("vae", data, tmp_path / "third", "--seed", 1)
+    with pytest.raises(ValueError, match="latents of another autoencoder"):
+        run("unet", data, tmp_path / "third", "--start", folders.MINI)
+
+
 def test_vocabulary_covers_the_grammar(tmp_path):
     """Every sentence of the grammar is at most 77 tokens, every word of it one token; other text still has tokens."""
-    from lesion.mini.unet import vocabulary_words, write_tokenizer
-    size = write_tokenizer(tmp_path)
+    size = unet.write_tokenizer(tmp_path)
     tokenizer = Tokenizer(tmp_path)
     everything = {name: list(values[1:]) if prompts.VOCABULARY[name].many else values[0] for name, values in prompts.NAMES.items()}
     everything["other_colors"] = [c for c in prompts.NAMES["color"] if c != everything["color"]]
@@ -131,7 +150,7 @@ def test_vocabulary_covers_the_grammar(tmp_path):
     token_ids, cut = tokenizer([sentence, "Größe 12 µm?"])
     assert cut == ["", ""]
     assert token_ids.max() < size
-    words = [w for w in vocabulary_words() if w.isalpha()]
+    words = [w for w in unet.vocabulary_words() if w.isalpha()]
     assert all(len(tokenizer.clip(word, add_special_tokens=False).input_ids) == 1 for word in words)
     assert tokenizer.clip.decode(tokenizer.clip(sentence, add_special_tokens=False).input_ids).replace(" ", "") == sentence.replace(" ", "")
 
@@ -151,11 +170,11 @@ def test_only_benign_training_tiles(data, tmp_path):
 def test_measures():
     """PSNR of a constant error e is 20 log10(255 / e); the high-frequency ratio of a picture with itself is 1, of its blur small."""
     image = np.full((1, 64, 64, 3), 100, np.uint8)
-    assert pretrain.psnr(image, image + 10) == pytest.approx(20 * np.log10(25.5))
+    assert autoencoder.psnr(image, image + 10) == pytest.approx(20 * np.log10(25.5))
     noise = np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3)).astype(np.uint8)
-    assert pretrain.high_frequency_ratio(noise, noise) == pytest.approx(1)
+    assert autoencoder.high_frequency_ratio(noise, noise) == pytest.approx(1)
     blurred = np.stack([np.asarray(Image.fromarray(i).resize((8, 8)).resize((64, 64))) for i in noise])
-    assert pretrain.high_frequency_ratio(noise, blurred) < 0.05
+    assert autoencoder.high_frequency_ratio(noise, blurred) < 0.05
 
 
 def test_check(data, tmp_path, capsys):

@@ -1,6 +1,4 @@
 """The check of LoRA pictures: held out is what the LoRA did not see, and a copy of what it saw is nearer than real tiles are."""
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -39,8 +37,7 @@ def folders(tmp_path):
 
 def test_copies_and_strangers(folders):
     """Copies of the tiles seen: their KID is that of the tiles seen, their distance 0; dark pictures are far."""
-    args = SimpleNamespace(data=folders / "data", samples=[folders / "base", folders / "lora"], features=None)
-    (row,) = samples.check(args)
+    (row,) = samples.check(folders / "data", [folders / "base", folders / "lora"])
     assert (row["samples"], row["n"], row["held_out"]) == ("lora", 20, 10)
     assert row["kid"] == pytest.approx(row["kid_of_seen_real"])
     assert row["kid_of_base"] > row["kid"] + 5 * row["kid_se"]
@@ -50,7 +47,7 @@ def test_copies_and_strangers(folders):
 def test_bad_folders(folders):
     """A folder without provenance, or no LoRA at all, is one line."""
     with pytest.raises(ValueError, match="none of the folders"):
-        samples.check(SimpleNamespace(data=folders / "data", samples=[folders / "base"], features=None))
+        samples.check(folders / "data", [folders / "base"])
     (folders / "base" / "provenance.json").unlink()
     with pytest.raises(ValueError, match="has no provenance.json"):
-        samples.check(SimpleNamespace(data=folders / "data", samples=[folders / "base"], features=None))
+        samples.check(folders / "data", [folders / "base"])

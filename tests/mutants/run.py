@@ -1,7 +1,10 @@
-"""Plant each known mistake in a copy of the code and see its test fail: `python tests/mutants/run.py` (all), `--only WORD`, `--part 1/8`.
+"""Plant each known mistake in a copy of the code and see its test fail.
 
-tests/mutants/*.toml hold the mistakes, at least one for every row of docs/AUDIT.md: `row`, `mistake` (what someone could get wrong), `file`,
-`old` (text that occurs there once), `new`, `test` (the test that must fail). A mistake that its test does not see is a survivor: exit code 1.
+    python tests/mutants/run.py [--only WORD] [--part 1/2]
+
+tests/mutants/*.toml hold the mistakes, at least one for every row of docs/AUDIT.md: `row`, `mistake` (what someone could
+get wrong), `file`, `old` (text that occurs there once), `new`, `test` (the tests of which one must fail). A mistake that
+its test does not see is a survivor: exit code 1.
 """
 import argparse
 import shutil
@@ -50,8 +53,8 @@ def caught(mutant: dict, copy: Path) -> bool:
     text = path.read_text(encoding="utf8")
     path.write_text(planted(text, mutant), encoding="utf8")
     try:
-        done = subprocess.run([sys.executable, "-B", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutant["test"].split()], cwd=copy,
-                              capture_output=True, text=True, timeout=600)
+        command = [sys.executable, "-B", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutant["test"].split()]
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=600)
         return done.returncode == 1 and "FAILED" in done.stdout
     except subprocess.TimeoutExpired:
         return True

@@ -222,6 +222,46 @@ def test_the_dispatcher(run_script):
     assert run_script("-m lesion", "--version").stdout.strip()[0].isdigit()
 
 
+# --- --recipe --------------------------------------------------------------------------------------------------------
+
+
+def recipe_parser():
+    parser = cli.Parser(prog="x.py")
+    parser.add_argument("--steps", type=cli.number(int, low=1), default=7)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--names", nargs="+", default=[])
+    parser.add_argument("--fast", action="store_true")
+    parser.add_argument("--base", default=None)
+    parser.add_argument("--recipe")
+    return parser
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ("args.json", '{"steps": 5, "batch_size": 3, "names": ["a", "b"], "fast": true, "base": null, "base_sha256": "ff", "provenance": {}}'),
+    ("r.yaml", "steps: 5\nbatch-size: 3\nnames: [a, b]\nfast: true\n")])
+def test_a_recipe_gives_flags_and_the_line_wins(tmp_path, name, text):
+    """JSON and YAML alike; null and what args.json records beside the flags are passed over; a flag on the line overrides."""
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    parser = recipe_parser()
+    args = parser.parse_args(cli.with_recipe(parser, ["--steps", "2", "--recipe", str(tmp_path / name)]))
+    assert (args.steps, args.batch_size, args.names, args.fast, args.base) == (2, 3, ["a", "b"], True, None)
+    assert cli.with_recipe(parser, ["--steps", "2"]) == ["--steps", "2"]
+
+
+@pytest.mark.parametrize(("text", "says"), [("[1, 2]", "holds no flags"), ("{", "cannot be read"), ("speed: 3", "unrecognized"),
+                                            ("steps: 0", "allowed is at least 1"), ("steps: many", "not a whole number")])
+def test_a_bad_recipe_ends_in_one_line(tmp_path, capsys, text, says):
+    """No flags in it, not YAML, a name that is no flag, a value the flag would not take: exit code 2, one line."""
+    (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
+    parser = recipe_parser()
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args(cli.with_recipe(parser, ["--recipe", str(tmp_path / "r.yaml")]))
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    assert says in err
+    assert err.count("\n") == 1
+
+
 # --- signals and full disks --------------------------------------------------------------------------------------------
 
 SLEEPS = """

@@ -230,7 +230,7 @@ def test_pickles_are_refused_unopened(tmp_path, folder, shared, suffix):
     file = tmp_path / f"model{suffix}"
     file.write_bytes(b"\x80\x04cos\nsystem\n")
     assert "is a pickle" in refusal(file, shared)
-    assert "safetensors.torch.save_file" in refusal(file, shared)
+    assert refusal(file, shared).endswith(f"python -m lesion convert {file}")
     (folder / UNET).unlink()
     (folder / UNET).with_suffix(suffix).write_bytes(b"\x80\x04")
     with pytest.raises(ValueError, match=rf"diffusion_pytorch_model{re.escape(suffix)} is a pickle"):
@@ -275,13 +275,136 @@ def test_missing_tensors_are_listed(folder, single, shared):
     assert "1 missing tensors: first_stage_model.quant_conv.bias" in refusal(write(), shared)
 
 
-def test_unknown_tensors_are_refused(folder, single, shared):
-    """Nothing is left out silently: an extra tensor is named."""
+@pytest.mark.parametrize("name", ["model.diffusion_model.label_emb.0.0.weight", "first_stage_model.encoder.adapter.weight",
+                                  "cond_stage_model.transformer.text_model.adapter.weight", "cond_stage_model.roberta.weight"])  # fmt: skip
+def test_unknown_tensors_in_a_network_are_refused(folder, single, shared, name):
+    """A tensor that is of one of the three networks and not known makes another model: named."""
     rewrite(folder / TEXT, lambda tensors: tensors.update({"text_model.adapter.weight": torch.ones(2)}))
     assert "1 unknown tensors: text_model.adapter.weight" in refusal(folder, shared)
     tensors, write = single
-    tensors["control_model.zero_convs.0.weight"] = torch.ones(2)
-    assert "1 unknown tensors, first control_model.zero_convs.0.weight" in refusal(write(), shared)
+    tensors[name] = torch.ones(2)
+    assert f"1 unknown tensors, first {name}" in refusal(write(), shared)
+
+
+def test_tensors_beside_the_networks_are_noted(tiny, folder, single, shared, reference):
+    """Harmless strangers: a ControlNet, an embedding, a step count, CLIP's projection. The weights are right, and a
+    note names them."""
+    tensors, write = single
+    strangers = [
+        "control_model.zero_convs.0.weight",
+        "global_step",
+        "embedding_manager.emb",
+        "cond_stage_model.transformer.text_projection.weight",
+    ]
+    for name in strangers:
+        tensors[name] = torch.ones(2)
+    sd = load(write(), shared)
+    assert equal(weights(sd), reference)
+    assert len(sd.notes) == 1
+    assert "4 tensors that are none of the three networks' and were passed over: " in sd.notes[0]
+    assert all(name in sd.notes[0] for name in strangers)
+    rewrite(folder / TEXT, lambda tensors: tensors.update({"text_projection.weight": torch.eye(64)}))
+    sd = load(folder, shared)
+    assert equal(weights(sd), reference)
+    assert "text_projection.weight" in sd.notes[0]
+    assert load(tiny / "folder", shared).notes == load(tiny / "single.safetensors", shared).notes == []
+
+
+def test_a_text_encoder_without_the_text_model_level(folder, shared, reference):
+    """What transformers 5 keeps in memory and some tools save: `encoder.layers.0...`; a whole CLIP model's file too."""
+    def change(tensors):
+        for key in list(tensors):
+            tensors[key.removeprefix("text_model.")] = tensors.pop(key)
+        tensors["text_projection.weight"] = torch.eye(64)
+    rewrite(folder / TEXT, change)
+    assert equal(weights(load(folder, shared)), reference)
+
+
+def test_a_pipeline_saved_again_by_diffusers(tiny, tmp_path, reference):
+    """StableDiffusionPipeline.save_pretrained of today's diffusers and transformers loads, its own tokenizer.json
+    included."""
+    from diffusers import StableDiffusionPipeline
+    StableDiffusionPipeline.from_pretrained(tiny / "folder", safety_checker=None).save_pretrained(tmp_path / "saved")
+    assert equal(weights(checkpoint.load(tmp_path / "saved")), reference)
+
+
+def shard(file, parts, fp16=False):
+    """Rewrite a weight file as shards with an index, as diffusers does."""
+    tensors = load_file(file)
+    file.unlink()
+    stem, names_of = file.name.removesuffix(".safetensors"), sorted(tensors)
+    middle = ".fp16" if fp16 else ""
+    files, where = [], {}
+    for part in range(parts):
+        name = f"{stem}{middle}-{part + 1:05d}-of-{parts:05d}.safetensors"
+        keys = names_of[part::parts]
+        save_file({key: tensors[key].half() if fp16 else tensors[key] for key in keys}, file.parent / name)
+        where |= dict.fromkeys(keys, name)
+        files.append(file.parent / name)
+    index = {"metadata": {"total_size": 1}, "weight_map": where}
+    (file.parent / f"{stem}.safetensors.index{middle}.json").write_text(json.dumps(index))
+    return files
+
+
+def test_shards(folder, shared, reference):
+    """Weights in several files with an index: equal weights, every shard among the files that are hashed."""
+    files = shard(folder / UNET, 3) + [folder / VAE] + shard(folder / TEXT, 2)
+    sd = load(folder, shared)
+    assert equal(weights(sd), reference)
+    assert sd.files == files
+
+
+def test_fp16_shards(folder, shared, reference):
+    """The fp16 variant's index."""
+    shard(folder / UNET, 2, fp16=True)
+    got = weights(load(folder, shared))
+    assert all(
+        torch.equal(got[key], value.half().float()) for key, value in reference.items() if key.startswith("unet.")
+    )
+
+
+def test_shards_are_not_believed(folder, shared):
+    """A shard that is missing, leads out of the folder, or an index that is none: named."""
+    files = shard(folder / UNET, 2)
+    index = files[0].parent / "diffusion_pytorch_model.safetensors.index.json"
+    good = json.loads(index.read_text())
+    for content, says in (
+        ({"weight_map": {"a": "../../x.safetensors"}}, "allowed are .safetensors files beside it"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "allowed are"),
+        ({"weight_map": []}, "expected `weight_map`"),
+        ({"weight_map": {"a": 3}}, "expected `weight_map`"),
+        ({"weight_map": {"a": "no.safetensors"}}, "is not there"),
+    ):
+        index.write_text(json.dumps(content))
+        assert says in refusal(folder, shared)
+    index.write_text(json.dumps(good))
+    data = files[1].read_bytes()
+    files[1].unlink()
+    assert "2 shards belong together" in refusal(folder, shared)
+    files[1].write_bytes(data)
+    shutil.copy(files[1], files[0])
+    assert "which another shard holds too" in refusal(folder, shared)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "half"])
+def test_mixed_precisions(single, shared, reference, kind):
+    """An fp8 U-Net with fp16 text encoder and bf16 VAE, or fp16 and bf16 by turns: each tensor's own value in
+    float32."""
+    tensors, write = single
+    for number, (key, value) in enumerate(sorted(tensors.items())):
+        if value.is_floating_point():
+            fp8 = (
+                torch.float8_e4m3fn
+                if key.startswith(names.UNET)
+                else torch.float16
+                if key.startswith("cond")
+                else torch.bfloat16
+            )
+            tensors[key] = value.to(fp8 if kind == "fp8" else (torch.float16, torch.bfloat16)[number % 2])
+    tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None].half() * 0.583
+    got = weights(load(write(), shared))
+    assert all((got[key] - value).abs().max() <= 0.07 * value.abs().max() for key, value in reference.items())
+    assert got["vae.decoder.conv_in.weight"].dtype == torch.float32
 
 
 def test_wrong_shapes_are_named(folder, shared):
@@ -350,7 +473,8 @@ def test_sd2_folder_is_named(folder, shared, part, changes):
     ("text_encoder", {"hidden_act": "gelu"}), ("unet", {"flip_sin_to_cos": False}), ("vae", {"act_fn": "gelu"}),
     ("scheduler", {"beta_schedule": "linear"})])  # fmt: skip
 def test_other_formulas_are_refused(folder, shared, part, changes):
-    """The shapes of 1.x with another activation, embedding or noise schedule: it would load, and draw something else."""
+    """The shapes of 1.x with another activation, embedding or noise schedule: it would load, and draw something
+    else."""
     configure(folder, part, **changes)
     ((key, value),) = changes.items()
     assert f"{part} has {key} {value!r} and Stable Diffusion 1.x has" in refusal(folder, shared)
@@ -380,8 +504,106 @@ def test_something_else_is_named(tmp_path, shared):
 
 
 def test_without_a_vae(single, shared):
-    """A "no VAE" or pruned file names the first tensor that lacks."""
+    """A "no VAE" file says so, with the flag that helps."""
     tensors, write = single
     for key in [key for key in tensors if key.startswith(names.VAE)]:
         del tensors[key]
-    assert "tensor first_stage_model.encoder.down.0.block.0.conv2.weight is missing" in refusal(write(), shared)
+    assert "holds no VAE (no tensor first_stage_model....): give --vae PATH" in refusal(write(), shared)
+
+
+def vae_forms(tiny, tmp_path):
+    """The tiny checkpoint's VAE in each form that people have."""
+    whole = load_file(tiny / "single.safetensors")
+    original = {key: value for key, value in whole.items() if key.startswith(names.VAE)}
+    save_file(original, tmp_path / "prefixed.safetensors")
+    bare = {key.removeprefix(names.VAE): value for key, value in original.items()}
+    save_file(
+        {**bare, "loss.discriminator.main.0.weight": torch.ones(2), "model_ema.decay": torch.ones(1)},
+        tmp_path / "bare.safetensors",
+    )
+    shutil.copy(tiny / "folder" / VAE, tmp_path / "diffusers.safetensors")
+    return {
+        "folder": tiny / "folder" / "vae",
+        "checkpoint's folder": tiny / "folder",
+        "its file": tiny / "folder" / VAE,
+        "whole single file": tiny / "single.safetensors",
+        "prefixed": tmp_path / "prefixed.safetensors",
+        "bare": tmp_path / "bare.safetensors",
+        "diffusers": tmp_path / "diffusers.safetensors",
+    }
+
+
+@pytest.mark.parametrize(
+    "form", ["folder", "checkpoint's folder", "its file", "whole single file", "prefixed", "bare", "diffusers"]
+)
+def test_another_vae(tiny, single, folder, tmp_path, shared, reference, form):
+    """--vae in LDM's and diffusers' forms: for a file without one, for a folder without one, and instead of another;
+    hashed with the rest."""
+    tensors, write = single
+    for key in [key for key in tensors if key.startswith(names.VAE)]:
+        del tensors[key]
+    path = vae_forms(tiny, tmp_path)[form]
+    sd = checkpoint.load(write(), tokenizer=shared / "clip_tokenizer", vae=path)
+    assert equal(weights(sd), reference)
+    assert sd.latent_scale == LATENT_SCALE
+    assert len(sd.files) == 2
+    shutil.rmtree(folder / "vae")
+    assert "give --vae PATH" in refusal(folder, shared)
+    assert equal(weights(checkpoint.load(folder, tokenizer=shared / "clip_tokenizer", vae=path)), reference)
+
+
+def test_a_vae_replaces_the_checkpoints_own(tiny, single, tmp_path, shared, reference):
+    """With --vae the checkpoint's own is not looked at, and the other one is what decodes."""
+    tensors, write = single
+    for key in tensors:
+        if key.startswith(names.VAE):
+            tensors[key] = torch.zeros_like(tensors[key])
+    got = weights(checkpoint.load(write(), tokenizer=shared / "clip_tokenizer", vae=tiny / "folder" / "vae"))
+    assert equal(got, reference)
+
+
+def test_what_is_no_vae(tiny, tmp_path, shared):
+    """A path that leads nowhere, a pickle, a U-Net, another family's VAE: named with what is allowed."""
+    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
+    (tmp_path / "x.pt").write_bytes(b"\x80")
+    (tmp_path / "empty").mkdir()
+    wide = {f"encoder.down.{i}.block.0.conv2.weight": torch.zeros(32, 32, 3, 3) for i in range(4)}
+    save_file({**wide, "post_quant_conv.weight": torch.zeros(16, 16, 1, 1)}, tmp_path / "flux.safetensors")
+    for path, says in (
+        ("none", "not found: give a folder"),
+        ("x.pt", "python -m lesion convert"),
+        ("empty", "holds no VAE"),
+        ("x.safetensors", "is not a VAE of Stable Diffusion 1.x"),
+        ("flux.safetensors", "has 16 latent channels"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            checkpoint.load(tiny / "folder", tokenizer=shared / "clip_tokenizer", vae=tmp_path / path)
+
+
+def test_pruned_files_say_what_they_are(single, shared):
+    """Without text encoder, a bare U-Net, a moving average alone: each is told what it is."""
+    tensors, write = single
+    whole = dict(tensors)
+    for key in whole:
+        if key.startswith("cond_stage_model."):
+            del tensors[key]
+    assert "holds no text encoder (cond_stage_model.transformer....)" in refusal(write(), shared)
+    tensors.clear()
+    tensors |= {key.removeprefix(names.UNET): value for key, value in whole.items() if key.startswith(names.UNET)}
+    assert "it holds a U-Net alone, without text encoder and VAE" in refusal(write(), shared)
+    tensors.clear()
+    tensors |= {f"model_ema.{key.removeprefix('model.').replace('.', '')}" if key.startswith(names.UNET) else key: value
+                for key, value in whole.items()}
+    assert "holds the moving average (model_ema) alone" in refusal(write(), shared)
+
+
+@pytest.mark.parametrize(("key", "shape"), [
+    ("cond_stage_model.transformer.text_model.embeddings.token_embedding.weight", (8,)), ("model.diffusion_model.out.2.weight", (4,)),
+    ("model.diffusion_model.input_blocks.0.0.weight", ()), ("first_stage_model.post_quant_conv.weight", (4, 4)),
+    ("cond_stage_model.transformer.text_model.encoder.layers.999999999.x", (1,)),
+    ("model.diffusion_model.input_blocks.1.0.out_layers.3.weight", (33, 32, 3, 3)), ("cond_stage_model.transformer.text_model.encoder.layers.x.y", (2,))])  # fmt: skip
+def test_shapes_are_not_believed(single, shared, key, shape):
+    """Tensors of other axes, a layer number without end, widths that no group divides: one line, at once."""
+    tensors, write = single
+    tensors[key] = torch.zeros(shape)
+    assert refusal(write(), shared)

@@ -1,6 +1,7 @@
 """Hub ids against a local stand-in for the hub: what is fetched, what the cache saves, what a broken line does.
 
-The hub library reads its environment when it is imported, so the loading is done by one child process, asked line by line.
+The hub library reads its environment when it is imported, so the loading is done by one child process, asked line by
+line.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save
 
 ROOT = Path(__file__).resolve().parents[2]
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -35,7 +37,8 @@ from lesion.sd import checkpoint
 print("ready", flush=True)
 for line in sys.stdin:
     try:
-        sd = checkpoint.load(json.loads(line))
+        base, _, vae = json.loads(line).partition("|")
+        sd = checkpoint.load(base, vae=vae or None)
         answer = {"files": [str(file) for file in sd.files], "source": sd.source, "tokenizer": str(sd.tokenizer.folder)}
     except ValueError as error:
         answer = {"error": str(error)}
@@ -44,7 +47,8 @@ for line in sys.stdin:
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """The three requests that a snapshot download makes: a revision's id, its list of files, a file (whole or a range)."""
+    """The three requests that a snapshot download makes: a revision's id, its list of files, a file (whole or a
+    range)."""
 
     daemon_threads = True
 
@@ -162,6 +166,23 @@ def hub(tiny):
     real = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
     for name in ("plain", "dropped", "reset", "late"):
         server.repos[f"tiny/{name}"] = {**real, **dict.fromkeys(DECOYS, b"\x80\x04 never fetched")}
+    weights = {name: real.pop(name) for name in COMPONENTS}
+    half = {name.replace(".safetensors", ".fp16.safetensors"): path for name, path in weights.items()}
+    pickled = {name.replace(".safetensors", ".bin"): b"\x80\x04" for name in weights}
+    server.repos["tiny/half"] = {**real, **half, **pickled}
+    names = [f"unet/diffusion_pytorch_model-{part:05d}-of-00002.safetensors" for part in (1, 2)]
+    tensors = load_file(weights[COMPONENTS[1]])
+    shards = [dict(list(tensors.items())[part::2]) for part in (0, 1)]
+    index = {"weight_map": {key: names[part] for part in (0, 1) for key in shards[part]}}
+    server.repos["tiny/sharded"] = {
+        **real, **{name: save(shard) for name, shard in zip(names, shards)}, COMPONENTS[0]: weights[COMPONENTS[0]],
+        COMPONENTS[2]: weights[COMPONENTS[2]], "unet/diffusion_pytorch_model.safetensors.index.json": json.dumps(index).encode(),
+        "unet/diffusion_pytorch_model.fp16.safetensors": b"never fetched"}  # fmt: skip
+    server.repos["tiny/pickled"] = {**real, **pickled}
+    server.repos["tiny/single"] = {"v1-5-pruned.ckpt": b"x", "v1-5.safetensors": b"x", "README.md": b""}
+    server.repos["tiny/vae"] = {"config.json": folder / "vae" / "config.json",
+                                "diffusion_pytorch_model.safetensors": weights[COMPONENTS[2]],
+                                "diffusion_pytorch_model.bin": b"never fetched"}  # fmt: skip
     vocabulary = {name: folder / "tokenizer" / name for name in ("vocab.json", "merges.txt")}
     server.repos["openai/clip-vit-large-patch14"] = {**vocabulary, "config.json": b"{}", "model.safetensors": b"large"}
     yield server
@@ -233,7 +254,8 @@ def test_a_dropped_connection_is_resumed(hub, load, tiny):
 
 
 def test_a_failed_download_is_one_line_and_goes_on(hub, load, tiny):
-    """A reset that the hub library does not survive: one line that says what to do; the next call fetches what lacks."""
+    """A reset that the hub library does not survive: one line that says what to do; the next call fetches what
+    lacks."""
     path = f"/tiny/reset/resolve/{SHA}/{COMPONENTS[1]}"
     hub.trouble[path] = "reset"
     answer = load("tiny/reset")
@@ -247,6 +269,44 @@ def test_a_failed_download_is_one_line_and_goes_on(hub, load, tiny):
         assert path in again
         assert not [asked for asked in again if asked.endswith("model_index.json")]  # that one was whole
     complete(answer, tiny)
+
+
+def test_a_repository_with_fp16_files_only(hub, load, tiny):
+    """Nothing but *.fp16.safetensors (and pickles): those are fetched and loaded, the second time from the cache."""
+    for _ in (1, 2):
+        before = len(hub.requests)
+        answer = load("tiny/half")
+        assert [Path(file).name.split(".")[1] for file in answer.get("files", [])] == ["fp16"] * 3, answer
+    assert hub.requests[before:] == []
+    assert not [name for name in hub.fetched("tiny/half") if name.endswith(".bin")]
+
+
+def test_a_sharded_repository(hub, load, tiny):
+    """The U-Net in two shards with an index: both are fetched, not the fp16 variant beside them."""
+    answer = load("tiny/sharded")
+    assert len(answer.get("files", [])) == 4, answer
+    assert "unet/diffusion_pytorch_model.fp16.safetensors" not in hub.fetched("tiny/sharded")
+    before = len(hub.requests)
+    assert load("tiny/sharded") == answer
+    assert hub.requests[before:] == []
+
+
+def test_repositories_that_cannot_be_used(hub, load):
+    """Pickles alone, or single files alone: said, with what to do, and nothing large is fetched."""
+    error = load("tiny/pickled")["error"]
+    assert error.startswith("tiny/pickled cannot be used from the hub: its ")
+    assert "python -m lesion convert" in error
+    assert (
+        "it holds single files only (v1-5-pruned.ckpt, v1-5.safetensors): download one" in load("tiny/single")["error"]
+    )
+    assert hub.fetched("tiny/pickled") == hub.fetched("tiny/single") == set()
+
+
+def test_a_vae_of_the_hub(hub, load, tiny):
+    """--vae with a hub id: config and weights, not the pickle."""
+    answer = load(f"{tiny / 'folder'}|tiny/vae")
+    assert Path(answer["files"][-1]).read_bytes() == (tiny / "folder" / COMPONENTS[2]).read_bytes()
+    assert hub.fetched("tiny/vae") == {"config.json", "diffusion_pytorch_model.safetensors"}
 
 
 def test_an_unknown_id_is_one_line(load):
@@ -266,8 +326,8 @@ def test_a_single_file_takes_the_hubs_vocabulary(hub, load, tiny):
 
 
 def test_an_unreachable_hub(hub, load, home, tiny, tmp_path):
-    """With the hub gone a cached model still loads (the same process, and its cache from a new one); another id ends the
-    command with exit code 2 and one line that says what to do."""
+    """With the hub gone a cached model still loads (the same process, and its cache from a new one); another id ends
+    the command with exit code 2 and one line that says what to do."""
     hub.shutdown()
     hub.server_close()
     complete(load("tiny/plain"), tiny)

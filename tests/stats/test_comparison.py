@@ -1,8 +1,10 @@
 """lesion.stats.comparison: pairing, pooling over seeds, verdicts, Holm, subgroups, bands."""
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scipy import special
 
 from lesion.stats import classification, comparison, inference
 
@@ -48,25 +50,176 @@ def test_null_contrasts_are_rarely_called():
     """Two arms of the same recipe: over 60 simulated experiments no more are called different than 5 % allows."""
     called = {"auroc": 0, "auprc": 0, "recall_chosen": 0}
     for rng_seed in range(60):
-        runs = simulate(0.0, seeds=2, malignant=40, benign=120, rng_seed=rng_seed)
+        runs = simulate(0.0, seeds=3, malignant=40, benign=120, rng_seed=rng_seed)
         results = comparison.analyse(runs, CONTRASTS, resamples=200)
+        assert results["contrasts"][0]["metrics"]["auroc"]["p"] is not None
         for name in called:
             called[name] += results["contrasts"][0]["metrics"][name]["verdict"] != comparison.UNCLEAR
     assert max(called.values()) <= 7  # 7 or more of binomial(60, .05) has probability .03
 
 
 def test_contrasts_use_common_seeds_and_holm():
-    """Seeds not in both arms are left out of a contrast; p is adjusted over the contrasts that were made."""
+    """Seeds not in both arms are left out of a contrast; p is adjusted over the contrasts that were made, but for the
+    primary contrast's AUROC, which stands alone and does not count among the others."""
     runs = simulate(0.4)
     runs["O1"] = {0: runs["A1"][0], 7: runs["A1"][1]}
     results = comparison.analyse(runs, CONTRASTS, resamples=300)
     first, second = results["contrasts"]
     assert first["seeds"] == [0, 1, 2]
     assert second["seeds"] == [0]
-    for name in classification.METRICS:
+    for name in set(classification.METRICS) - {"ece"}:
         raw = [row["metrics"][name]["p"] for row in (first, second)]
         assert [row["metrics"][name]["p_holm"] for row in (first, second)] == pytest.approx(inference.holm(raw))
+    alone = comparison.analyse(runs, CONTRASTS, resamples=300, primary=("O1", "S2"))["contrasts"]
+    assert [row["primary"] for row in alone] == [False, True]
+    for row in alone:
+        assert row["metrics"]["auroc"]["p_holm"] == row["metrics"]["auroc"]["p"]
+        assert row["metrics"]["brier"]["p_holm"] >= row["metrics"]["brier"]["p"]
+    assert alone[0]["metrics"]["brier"]["p_holm"] == first["metrics"]["brier"]["p_holm"]
     assert comparison.analyse({"B0": runs["A1"]}, CONTRASTS, resamples=50)["contrasts"] == []
+
+
+def test_verdict_takes_the_adjusted_p():
+    """Two contrasts with the same p between .025 and .05: alone each is supported, together neither is."""
+    gain = 0.08
+    runs = simulate(gain, noise=0.4, rng_seed=5)
+    alone = comparison.analyse(runs, CONTRASTS, resamples=50)["contrasts"][0]["metrics"]["auroc"]
+    assert 0.025 < alone["p"] < 0.05
+    assert alone["verdict"] == comparison.SUPPORTED
+    both = comparison.analyse(runs | {"O1": runs["A1"]}, CONTRASTS, resamples=50)["contrasts"]
+    assert [row["metrics"]["auroc"]["p_holm"] for row in both] == pytest.approx([2 * alone["p"]] * 2)
+    assert {row["metrics"]["auroc"]["verdict"] for row in both} == {comparison.UNCLEAR}
+    assert both[0]["detectable_auroc"] > 1.05 * comparison.analyse(
+        runs, CONTRASTS, resamples=50)["contrasts"][0]["detectable_auroc"], "what is found at .05 / 2 is larger"
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_a_patients_tiles_count_once(seeds):
+    """Every tile photographed three times is no more certain: with patients every interval and p, DeLong's and the
+    bootstrap's, of arms and of differences, is the same; with tiles for patients they are narrower."""
+    once, thrice, apart = {}, {}, {}
+    for arm, runs in simulate(0.3, seeds=seeds).items():
+        for seed, run in runs.items():
+            units = np.arange(len(run.labels))
+            once.setdefault(arm, {})[seed] = make(run.labels, run.scores, units)
+            labels, scores = np.repeat(run.labels, 3), np.repeat(run.scores, 3)
+            thrice.setdefault(arm, {})[seed] = make(labels, scores, np.repeat(units, 3))
+            apart.setdefault(arm, {})[seed] = make(labels, scores)
+    results = [comparison.analyse(runs, CONTRASTS, resamples=300) for runs in (once, thrice, apart)]
+    assert [r["carriers"] for r in results] == [60, 60, 180]
+    for part in (lambda r: r["contrasts"][0]["metrics"], lambda r: r["arms"]["A1"]["metrics"]):
+        one, three, naive = map(part, results)
+        for name in set(classification.METRICS) - {"ece"}:
+            assert [three[name][key] for key in ("low", "high")] == pytest.approx([one[name]["low"], one[name]["high"]])
+            assert three[name].get("p") == pytest.approx(one[name].get("p"))
+            if seeds == 1:
+                assert naive[name]["high"] - naive[name]["low"] < 0.8 * (one[name]["high"] - one[name]["low"]), name
+
+
+def test_intervals_change_sign_with_the_arms():
+    """The other way round, every difference, interval and run's difference is the negative; p stays."""
+    runs = simulate(0.5)
+    there, back = (comparison.analyse(pair, CONTRASTS, resamples=300)["contrasts"][0]["metrics"]
+                   for pair in (runs, {"A1": runs["S2"], "S2": runs["A1"]}))
+    for name in set(classification.METRICS) - {"ece"}:
+        one, two = there[name], back[name]
+        assert (one["low"], one["high"]) == pytest.approx((-two["high"], -two["low"])), name
+        assert one["low"] < one["difference"] < one["high"]
+        assert one["per_seed"] == pytest.approx([-value for value in two["per_seed"]])
+        assert one["p"] == pytest.approx(two["p"])
+    assert there["auroc"]["low"] > 0
+
+
+def test_arms_have_logit_intervals():
+    """An arm's interval is symmetric about its mean on the logit scale (pAUC: of its share of .2), and only there."""
+    metrics = comparison.analyse(simulate(0.3), CONTRASTS, resamples=300)["arms"]["A1"]["metrics"]
+    for name in set(classification.METRICS) - {"ece"}:
+        ceiling = 0.2 if name == "pauc" else 1.0
+        low, mean, high = (special.logit(metrics[name][key] / ceiling) for key in ("low", "mean", "high"))
+        assert high - mean == pytest.approx(mean - low, rel=1e-6), name
+        assert high - mean > 0.01
+
+
+def test_figures_by_hand():
+    """Ten benign and four malignant tiles. ECE with bins that lean both ways: |1 - .55| 1 + |2 - .45 x 4| + ... over 14
+    (a signed sum would cancel); recall at 90 % specificity takes the threshold at which specificity is exactly .9."""
+    labels = np.array([1] * 4 + [0] * 10)
+    scores = np.array([.95, .65, .55, .15, .65, .15, .15, .05, .05, .05, .05, .05, .05, .05])
+    runs = {"A1": {0: make(labels, scores)}, "S2": {0: make(labels, scores)}}
+    found = comparison.analyse(runs, CONTRASTS, resamples=50)["arms"]["A1"]["metrics"]
+    # bins: .05 x 7 (0 malignant), .15 x 3 (1), .55 x 1 (1), .65 x 2 (1), .95 x 1 (1)
+    assert found["ece"]["mean"] == pytest.approx((.35 + abs(1 - .45) + .45 + abs(1 - 1.3) + .05) / 14)
+    assert found["recall_spec90"]["mean"] == 0.75, "one false alarm in ten is 90 %: .65 and .55 count"
+    assert found["recall_spec95"]["mean"] == 0.25
+    assert found["auroc"]["low"] is None
+
+
+def test_nothing_is_decided_where_it_would_not_hold():
+    """Under ten patients with malignant tiles, or with two runs: the numbers and no interval, p or verdict, whatever the
+    gain; with one run "in this one run"; ECE never; pAUC not at 40 malignant tiles."""
+    few = simulate(3.0, malignant=9)
+    two = simulate(3.0, seeds=2)
+    for runs in (few, two):
+        results = comparison.analyse(runs, CONTRASTS, resamples=100)
+        row = results["contrasts"][0]
+        assert row["metrics"]["auroc"]["difference"] > 0.05
+        for cell in row["metrics"].values():
+            assert (cell["low"], cell["high"], cell["p"]) == (None, None, None)
+            assert cell["verdict"] == comparison.TOO_FEW
+        assert row["detectable_auroc"] is None
+        assert {metric["low"] for metric in results["arms"]["S2"]["metrics"].values()} == {None}
+        assert np.isnan(comparison.curve_bands(runs["A1"], resamples=20)["roc"][2]).all()
+    tiles = {arm: {k: make(run.labels, run.scores, np.where(run.labels, np.arange(460) // 7, np.arange(460)))
+                   for k, run in seeds.items()} for arm, seeds in simulate(3.0).items()}
+    results = comparison.analyse(tiles, CONTRASTS, resamples=100)
+    assert results["carriers"] == 9
+    assert results["contrasts"][0]["metrics"]["auroc"]["verdict"] == comparison.TOO_FEW
+    one = comparison.analyse(simulate(3.0, seeds=1), CONTRASTS, resamples=100)["contrasts"][0]["metrics"]
+    assert (one["auroc"]["verdict"], one["ece"]["verdict"]) == (comparison.BETTER, comparison.TOO_FEW)
+    some = comparison.analyse(simulate(3.0, malignant=40), CONTRASTS, resamples=100)["contrasts"][0]["metrics"]
+    assert (some["auroc"]["verdict"], some["pauc"]["verdict"]) == (comparison.SUPPORTED, comparison.TOO_FEW)
+
+
+def test_degenerate_scores_cannot_be_judged():
+    """Constant arms, a perfect arm against a constant one, perfect arms: no p, interval or detectable difference."""
+    labels = (np.arange(200) < 50).astype(int)
+    kinds = {"constant": np.full(200, 0.5), "perfect": labels * 1.0}
+    for one, two in (("constant", "constant"), ("constant", "perfect"), ("perfect", "perfect")):
+        runs = {"A1": {k: make(labels, kinds[one]) for k in range(3)}, "S2": {k: make(labels, kinds[two]) for k in range(3)}}
+        results = comparison.analyse(runs, CONTRASTS, resamples=60)
+        row = results["contrasts"][0]
+        cell = row["metrics"]["auroc"]
+        assert (cell["low"], cell["p"], cell["verdict"]) == (None, None, comparison.NO_VALUE)
+        assert row["detectable_auroc"] is None
+        assert results["arms"]["A1"]["metrics"]["brier"]["low"] is None or one == "perfect"
+    constant = comparison.analyse({"A1": {0: make(labels, kinds["constant"])}}, {}, resamples=60)["arms"]["A1"]["metrics"]
+    assert constant["auroc"]["mean"] == 0.5
+    assert constant["auroc"]["low"] is None, "never varying scores leave no error to judge by"
+
+
+def test_one_malignant_test_tile():
+    """All figures are there, nothing is judged, nothing fails."""
+    runs = simulate(0.3, malignant=1, benign=60)
+    results = comparison.analyse(runs, CONTRASTS, resamples=40)
+    assert results["arms"]["A1"]["metrics"]["auroc"]["mean"] is not None
+    assert {cell["verdict"] for cell in results["contrasts"][0]["metrics"].values()} <= {
+        comparison.TOO_FEW, comparison.NO_VALUE}
+    assert len(comparison.curve_bands(runs["A1"], resamples=20)["pr"]) == 4
+
+
+def test_a_shifted_threshold_is_not_support():
+    """Scores raised without better ranking: recall and specificity at 0.5 say "shifted threshold", neither supported nor
+    harmful; with a better ranking recall may be supported."""
+    runs = simulate(0.0)
+    shifted = {seed: make(run.labels, special.expit(special.logit(run.scores) + 1.0)) for seed, run in runs["S2"].items()}
+    cells = comparison.analyse({"A1": runs["A1"], "S2": shifted}, CONTRASTS, resamples=200)["contrasts"][0]["metrics"]
+    assert cells["auroc"]["verdict"] == comparison.UNCLEAR
+    assert (cells["recall_50"]["verdict"], cells["specificity_50"]["verdict"]) == (comparison.SHIFTED,) * 2
+    assert cells["recall_50"]["p_holm"] < 0.05
+    back = comparison.analyse({"A1": shifted, "S2": runs["A1"]}, CONTRASTS, resamples=200)["contrasts"][0]["metrics"]
+    assert (back["recall_50"]["verdict"], back["specificity_50"]["verdict"]) == (comparison.SHIFTED,) * 2
+    better = comparison.analyse(simulate(1.5), CONTRASTS, resamples=200)["contrasts"][0]["metrics"]
+    assert better["recall_50"]["verdict"] == comparison.SUPPORTED
 
 
 def test_more_spread_between_seeds_widens_the_interval():
@@ -80,12 +233,13 @@ def test_more_spread_between_seeds_widens_the_interval():
 
 
 def test_identical_arms_differ_in_nothing():
-    """The same predictions in both arms: differences 0 with p 1, McNemar's tables diagonal."""
+    """The same predictions in both arms: differences 0 that no error can be computed of, McNemar's tables diagonal."""
     runs = simulate(0.0)
     results = comparison.analyse({"A1": runs["A1"], "S2": runs["A1"]}, CONTRASTS, resamples=100)
     row = results["contrasts"][0]
     assert {cell["difference"] for cell in row["metrics"].values()} == {0.0}
-    assert {cell["verdict"] for cell in row["metrics"].values()} == {comparison.UNCLEAR}
+    assert {cell["p"] for cell in row["metrics"].values()} == {None}
+    assert {cell["verdict"] for name, cell in row["metrics"].items() if name != "ece"} == {comparison.NO_VALUE}
     assert row["mcnemar"]["chosen"]["malignant"]["first_only"] == 0
     assert row["mcnemar"]["50"]["benign"]["p"] == 1.0
 
@@ -116,10 +270,13 @@ def test_undefined_precision_is_none_not_nan():
     (0.1, 0.049, False, comparison.SUPPORTED), (-0.1, 0.049, False, comparison.HARMFUL),
     (0.1, 0.05, False, comparison.UNCLEAR), (-0.1, 0.01, True, comparison.SUPPORTED),
     (0.1, 0.01, True, comparison.HARMFUL), (0.0, 0.01, False, comparison.UNCLEAR),
-    (None, None, False, comparison.NO_VALUE)])
+    (None, None, False, comparison.NO_VALUE), (0.1, None, False, comparison.NO_VALUE)])
 def test_verdicts(difference, p, lower, word):
-    """The rule from numbers to words, on both sides of .05 and for metrics where less is better."""
+    """The rule from numbers to words, on both sides of .05 and for metrics where less is better; one run is never more
+    than "in this one run"."""
     assert comparison.verdict(difference, p, lower) == word
+    one = {comparison.SUPPORTED: comparison.BETTER, comparison.HARMFUL: comparison.WORSE}.get(word, word)
+    assert comparison.verdict(difference, p, lower, runs=1) == one
 
 
 def test_subgroups_count_and_hide_small_groups():
@@ -133,8 +290,42 @@ def test_subgroups_count_and_hide_small_groups():
     light = rows["light"]["arms"]["S2"]
     expected = np.mean([(run.scores[:30] >= 0.4).mean() for run in runs["S2"].values()])
     assert light["recall"]["mean"] == pytest.approx(expected)
+    assert light["recall"]["low"] < expected < light["recall"]["high"]
     assert (light["specificity"], light["auroc"]) == (None, None)
     assert rows["not known"]["arms"]["S2"]["auroc"] is not None
+
+
+def test_subgroups_are_judged_over_patients():
+    """40 tiles of each of 12 patients: the interval is that over patients, several times wider than over tiles; under
+    ten patients there is none, however many tiles."""
+    rng = np.random.default_rng(3)
+    patients = np.concatenate([np.repeat(np.arange(12), 40), 12 + np.arange(300)])
+    labels = (np.arange(780) < 480).astype(int)
+    logits = np.where(labels, 1.5 * rng.normal(size=312)[patients], -2) + 0.5 * rng.normal(size=780)
+    runs = {"A1": {k: make(labels, special.expit(logits + 0.1 * rng.normal(size=780)), patients, 0.5) for k in range(3)}}
+    groups = {"site": np.where(patients < 9, "nine", "rest"), "all": np.full(780, "all")}
+    rows = {row["group"]: row for row in comparison.subgroups(runs, groups)}
+    assert rows["nine"]["malignant"] == 360
+    assert rows["nine"]["arms"]["A1"]["recall"] is None
+    found = rows["all"]["arms"]["A1"]["recall"]
+    hits = np.stack([run.scores[labels == 1] >= 0.5 for run in runs["A1"].values()])
+    assert (found["mean"], found["low"], found["high"]) == inference.rate_over_patients(hits, patients[labels == 1])
+    low, high = inference.clopper_pearson(found["mean"] * 480, 480)
+    assert found["high"] - found["low"] > 3 * (high - low)
+    assert rows["all"]["patients"] == 312
+
+
+def test_calibration_is_judged_over_patients():
+    """Bins as `reliability` makes them of the mean score, each with the interval over the patients in it."""
+    runs = simulate(0.3)["A1"]
+    rows = comparison.calibration(runs)
+    scores = np.mean([run.scores for run in runs.values()], axis=0)
+    assert [row["n"] for row in rows] == [46] * 10
+    lowest = np.argsort(scores)[:46]
+    assert (rows[0]["low"], rows[0]["high"]) == inference.rate_over_patients(runs[0].labels[lowest] == 1, lowest)[1:]
+    together = {k: make(run.labels, run.scores, np.arange(460) % 6) for k, run in runs.items()}
+    assert {row["low"] for row in comparison.calibration(together)} == {None}
+    json.dumps(rows)
 
 
 def test_bands_hold_the_curve():

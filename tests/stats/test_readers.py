@@ -122,7 +122,41 @@ def test_pooling_by_hand():
     assert np.isclose(pooled.se, np.sqrt((0.5 + 2 * 0.04) / 2))
     assert np.isclose(pooled.df, (0.5 + 0.08) ** 2 / 0.5 ** 2)
     assert np.isclose(pooled.reader_sd, np.sqrt(0.5 - (0.05 - 0.04)))
-    assert np.isclose(pooled.high - pooled.estimate, stats.t.ppf(0.975, pooled.df) * pooled.se)
+    assert (pooled.low, pooled.high) == (None, None), "two readers are too few for an interval"
+    three = pool(np.array([1.0, 2.0, 4.0]), np.vstack([without, without[1] * 2]), np.array([True, True, False, False]))
+    assert np.isclose(three.high - three.estimate, stats.t.ppf(0.975, three.df) * three.se)
+
+
+def test_readers_who_vary_less_than_their_tiles():
+    """The floor of MS(R): readers of nearly the same figure, whose tiles alone would set them further apart. Covariances
+    .08 own and .01 shared by hand; variance .0001 between readers is raised to .07."""
+    without = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1]]) @ np.array([[.1, -.1, .3, -.3], [.3, -.3, -.1, .1],
+                                                                     [.1, -.1, .3, -.3]])
+    is_real = np.array([True, True, False, False])
+    figures = np.array([0.99, 1.0, 1.01])
+    shift = without - np.repeat([[0.0]], 4, 1)
+    covariance = 0.5 * shift @ shift.T
+    own, shared = np.trace(covariance) / 3, (covariance.sum() - np.trace(covariance)) / 6
+    assert own - shared > 100 * figures.var(ddof=1)
+    pooled = pool(figures, without, is_real)
+    assert np.isclose(pooled.se ** 2, (own - shared + 3 * max(shared, 0)) / 3)
+    assert pooled.reader_sd == 0
+
+
+def test_no_interval_leaves_its_range():
+    """Shares and areas lie in 0..1 whatever the error (symmetric intervals of -.88 to 2.01 were printed once), a
+    difference of shares in -1..1; two readers have none, in the analysis too, and no verdict."""
+    figures, without = np.array([.5, .95, .99]), np.random.default_rng(0).uniform(.3, .99, (3, 10))
+    is_real = np.repeat([True, False], 5)
+    line, share, difference = (pool(figures, without, is_real, span) for span in ("line", "share", "difference"))
+    assert line.high > 1
+    assert 0 < share.low < share.estimate < share.high < 1
+    assert (difference.low, difference.high) == (max(line.low, -1), 1)
+    results = reader_study.analyse(["a", "b"], *simulate(np.random.default_rng(1), 2, 20, 2.0))
+    assert {row["low"] for row in results["pooled"].values()} == {None}
+    assert results["equivalence"] == {"margin": 0.5, "p": None, "power": None}
+    assert results["verdict"].startswith("No verdict: 2 readers are too few")
+    assert "Taken one by one, 2 of 2 beat guessing" in results["verdict"]
 
 
 def test_pooled_area_of_one_reader_has_delongs_error():
@@ -173,6 +207,9 @@ def test_kappa_against_scikit_learn_and_fleiss_own_example():
     first, second = rng.integers(0, 2, (2, 40))
     assert np.isclose(reader_study.cohen_kappa(first, second), cohen_kappa_score(first, second))
     assert reader_study.cohen_kappa(np.ones(5), np.ones(5)) is None
+    # unequal margins by hand: 12 of 20 agree; yes 16 and 8 of 20: expected .8 x .4 + .2 x .6 = .44
+    first, second = np.repeat([1, 1, 0, 0], [8, 8, 0, 4]), np.repeat([1, 0, 1, 0], [8, 8, 0, 4])
+    assert np.isclose(reader_study.cohen_kappa(first, second), (0.6 - 0.44) / 0.56)
     table = ("00060 03003 01401 00006 03030 20400 00402 20310 20040 00006 10050 11040 03300 10050 02031 "
              "00501 30012 51000 02040 10203 00006 01050 02013 20040 10041 05010 40002 02040 10500 00006")
     counts = np.array([[int(count) for count in row] for row in table.split()])
@@ -188,7 +225,17 @@ def test_tost_closed_forms():
     assert np.isclose(tost(0.1, 0.2, np.inf, 0.5), stats.norm.sf(2.0))
     assert np.isclose(tost(-0.1, 0.2, np.inf, 0.5), stats.norm.sf(2.0))
     assert np.isclose(reader_study.tost_power(0.15, np.inf), 2 * stats.norm.cdf(0.5 / 0.15 - 1.644854) - 1)
-    assert reader_study.tost_power(0.4, 38) == 0.0  # one reader, 20 + 20 tiles: equivalence is out of reach
+    assert reader_study.tost_power(0.4, 38) < 0.001  # one reader, 20 + 20 tiles: equivalence is out of reach
+
+
+@pytest.mark.parametrize(("df", "se"), [(2, 0.15), (2, 0.2), (5, 0.2), (30, 0.2)])
+def test_tost_power_at_few_degrees_of_freedom(df, se):
+    """The chance that two one-sided t tests succeed at d' = 0, by 40,000 draws of an estimate and its estimated error:
+    within .01, where 2 T(margin / se - t) - 1 is off by up to .4."""
+    rng = np.random.default_rng(11)
+    estimates, errors = rng.normal(0, se, 40000), se * np.sqrt(rng.chisquare(df, 40000) / df)
+    reach = stats.t.ppf(0.95, df) * errors
+    assert abs(np.mean(np.abs(estimates) + reach < 0.5) - reader_study.tost_power(se, df)) < 0.01
 
 
 def test_tost_level_and_power_by_simulation():
@@ -220,7 +267,8 @@ def test_planned_power_grows_with_readers_and_tiles():
     (1.5, 5, 20, "told real from synthetic tiles better than by guessing"),
     (-1.5, 5, 20, "the wrong way round"),
     (0.0, 14, 60, "could not tell real from synthetic tiles"),
-    (0.1, 2, 10, "Undecided"),
+    (0.1, 3, 10, "Undecided"),
+    (0.1, 2, 10, "No verdict"),
     (0.3, 20, 150, "less than the margin")])
 def test_the_verdict_says_what_the_figures_support(d, readers, count, words):
     """Able, inverted, unable, too small a study, able but barely: each is said so, and only equivalence says "could
@@ -244,6 +292,8 @@ def test_an_unfinished_study_is_analysed_as_far_as_it_goes():
     assert results["left_out"] == ["c: 3 real and 0 synthetic tiles answered"]
     assert results["readers"][1]["signals"] == 10
     assert results["readers"][1]["seconds"] == 3.0
+    assert not any(row["hasty"] for row in results["readers"])
+    assert results["without_hasty"] is None
     assert results["agreement"]["tiles_by_all"] == 20
     json.dumps(results, allow_nan=False)
     with pytest.raises(ValueError, match="no reader has answered 5 real and 5 synthetic tiles yet"):
@@ -260,6 +310,39 @@ def test_each_reader_is_tested_and_corrected():
         assert np.isclose(row["p"], stats.binomtest(right, 40).pvalue)
         assert (row["real_low"], row["real_high"]) == inference.clopper_pearson(row["hits"], 20)
     assert [row["p_holm"] for row in rows] == inference.holm([row["p"] for row in rows])
+
+
+def test_one_reader_among_several_is_judged_by_the_adjusted_p():
+    """Three readers, each 27 of 40 right (p .038): none beats guessing once the three are corrected for."""
+    ratings = np.repeat(np.where(np.arange(40) < 20, np.where(np.arange(40) < 14, 5, 2), np.where(np.arange(40) < 33, 2, 5))
+                        [None], 3, 0)
+    results = reader_study.analyse(list("abc"), ratings, np.arange(40) < 20)
+    assert [round(row["p"], 3) for row in results["readers"]] == [0.038] * 3
+    assert "0 of 3 beat guessing (Holm)" in results["verdict"]
+
+
+def test_equivalence_is_found_at_five_per_cent():
+    """The verdict changes from undecided to "could not tell" where TOST's p passes .05, not .1 or .025."""
+    said = {}
+    for seed in range(40):
+        results = reader_study.analyse([f"r{n}" for n in range(6)], *simulate(np.random.default_rng(seed), 6, 30))
+        d, p = results["pooled"]["d_prime"], results["equivalence"]["p"]
+        if d["low"] <= 0 <= d["high"]:
+            said.setdefault((p > 0.025) + (p > 0.05) + (p > 0.1), set()).add("could not tell" in results["verdict"])
+    assert said == {0: {True}, 1: {True}, 2: {False}, 3: {False}}
+
+
+def test_a_reader_who_cannot_have_looked_is_marked():
+    """Half a second a tile: marked in the row, named in the verdict, and d' without them beside it."""
+    ratings, is_real = simulate(np.random.default_rng(12), 5, 20, 1.0)
+    seconds = np.full(ratings.shape, 4.0)
+    seconds[2] = 0.5
+    results = reader_study.analyse(list("abcde"), ratings, is_real, seconds=seconds)
+    assert [row["hasty"] for row in results["readers"]] == [False, False, True, False, False]
+    rest = reader_study.analyse(list("abde"), ratings[[0, 1, 3, 4]], is_real)["pooled"]["d_prime"]
+    assert results["without_hasty"] == rest
+    assert "too fast to have looked (median under 1 s a tile): c (0.5 s); without them the pooled d' is " \
+           f"{rest['estimate']:.2f}" in results["verdict"]
 
 
 def test_malignancy_is_compared_between_classes():

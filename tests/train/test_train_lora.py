@@ -334,6 +334,20 @@ def test_long_prompt_says_what_is_cut(tiny, data, tmp_path, capsys):
     assert "the very end" in said
 
 
+def test_a_recipe_file_reproduces_a_run(tiny, data, tmp_path):
+    """A run from another's args.json ends with the same LoRA, and logs to TensorBoard where that is installed, else says so."""
+    train("--phase", 1, *flags(tiny, data, tmp_path / "a", "--steps", 2))
+    train("--recipe", tmp_path / "a" / "args.json", "--out", tmp_path / "b")
+    assert load_file(tmp_path / "a" / "lora.safetensors").keys() == load_file(tmp_path / "b" / "lora.safetensors").keys()
+    assert (tmp_path / "a" / "metrics.jsonl").read_bytes() == (tmp_path / "b" / "metrics.jsonl").read_bytes()
+    if importlib.util.find_spec("tensorboard"):
+        train("--recipe", tmp_path / "a" / "args.json", "--out", tmp_path / "c", "--log", "tensorboard")
+        assert list((tmp_path / "c" / "tensorboard").glob("events.*"))
+    else:
+        with pytest.raises(ValueError, match="pip install tensorboard"):
+            train("--recipe", tmp_path / "a" / "args.json", "--out", tmp_path / "c", "--log", "tensorboard")
+
+
 # --- guards that survive the process ---------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from lesion.describe.prompts import NAMES, VOCABULARY, from_sentence, to_sentenc
 from lesion.mini.phantoms import write_demo
 from lesion.run import files
 from lesion.stats.readers import cohen_kappa
-from lesion.web import label, label_compare, label_desk, label_export, label_folder
+from lesion.web import label, label_compare, label_desk, label_export, label_folder, label_pages
 from lesion.web.journal import Journal, read_journal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,14 +45,14 @@ def data(made, tmp_path):
 class Site:
     """The app of one annotator, and what the page sends."""
 
-    def __init__(self, folder, annotator="anna", label_name="malignant"):
+    def __init__(self, folder, annotator="anna", label_name="malignant", blind=False):
         self.folder, self.annotator, self.count = folder, annotator, 0
         rows = label_folder.select(folder, label_name)[0]
         if label_folder.primary(folder) is None:
             label_folder.set_primary(folder, annotator)
         self.journal = Journal(label_folder.journal_path(folder, annotator), label_folder.check_row)
-        self.desk = label_desk.Desk(folder, rows, annotator, self.journal)
-        self.client = label.create_app(self.desk).test_client()
+        self.desk = label_desk.Desk(folder, rows, annotator, self.journal, blind)
+        self.client = label_pages.create_app(folder, {"": self.desk}).test_client()
         self.state = self.client.get("/state").json
 
     def post(self, action, **form):
@@ -171,6 +171,7 @@ def test_a_new_main_colour_leaves_the_other_colours_right(site):
     refused, "cannot tell" answers both."""
     row = site.desk.rows[0]
     row["attributes"] = row["attributes"] | {"color": "red", "other_colors": ["black"]}
+    site.desk._suggested.clear()
     site.post("answer", answers={"color": "black"})
     assert question(site.state, "other_colors")["suggestion"] == ["red"]
     assert "black with red" in site.state["sentence"]
@@ -250,7 +251,15 @@ BAD = [("answer", {"answers": {"skin_tone": "green"}}), ("answer", {"answers": {
        ("answer", {"answers": {"surface": ["crust", "crust"]}}), ("answer", {"answers": {"other_colors": [["red"]]}}),
        ("answer", {"tile": 99}), ("answer", {"tile": -1}), ("answer", {"tile": "../x"}), ("answer", {"tile": None}),
        ("answer", {"tile": 1.0}), ("answer", {"filter": "x"}), ("answer", {"filter": []}), ("answer", {"id": "x"}),
-       ("answer", {"id": 7}), ("comment", {"comment": "x" * 1001}), ("comment", {"comment": 3}), ("undo", {"undo": "none"})]
+       ("answer", {"id": 7}), ("comment", {"comment": "x" * 1001}), ("comment", {"comment": 3}), ("undo", {"undo": "none"}),
+       ("undo", {"undo": None}), ("answer", {"revision": True, "answers": {"edge": "sharp"}}), ("flag", {"flagged": "yes"}),
+       ("flag", {"flagged": 1}), ("flag", {}), ("comment", {}), ("answer", {"accept": 1}), ("answer", {"accept": "no"}),
+       ("answer", {"answers": {"edge": "sharp"}, "stay": "x"}), ("answer", {"answers": {"edge": "sharp"}, "seconds": "5"}),
+       ("answer", {"answers": {"edge": "sharp"}, "seconds": -1}), ("answer", {"answers": {"edge": "sharp"}, "by": ["key"]}),
+       ("answer", {"answers": {"edge": "sharp"}, "by": "magic"}), ("answer", {"answers": {"edge": "sharp"}, "seconds": True}),
+       ("answer", {"answers": {"edge": "sharp"}, "revision": "0"}), ("comment", {"comment": "x", "revision": 0.0}),
+       ("answer", {"answers": {"edge": "sharp"}, "filter": "edge=soft"}), ("comment", {"comment": "\ud800"}),
+       ("answer", {"answers": {"edge": True}}), ("answer", {"tile": True, "answers": {"edge": "sharp"}})]
 
 
 @pytest.mark.parametrize(("action", "form"), BAD)
@@ -379,7 +388,8 @@ def test_annotators_are_independent_and_the_primary_decides(data):
 
 def test_agreement_is_cohens_kappa(data):
     """Known answers: kappa of an attribute with one value equals the published formula on the same codes; one with
-    several values counts each word's yes and no; an undone answer does not count."""
+    several values counts each word's yes and no; an undone answer does not count. What was answered beside a suggestion
+    (skin tone) is told apart from what was not (surface)."""
     anna, ben = Site(data, "anna"), Site(data, "ben")
     a, b = ["tan", "tan", "dark", "dark", "tan"], ["tan", "dark", "dark", "dark", None]
     c, d = [["crust"], [], ["scale"], [], []], [["crust"], [], ["crust"], [], []]
@@ -390,7 +400,9 @@ def test_agreement_is_cohens_kappa(data):
     anna.post("answer", tile=0, revision=2, answers={"edge": "sharp"})
     ben.post("answer", tile=0, revision=2, answers={"edge": "sharp"})
     ben.undo()
-    table = {row["attribute"]: row for row in label_compare.agreement(data)}
+    rows = label_compare.agreement(data)
+    assert {(row["attribute"], row["view"]) for row in rows if row["tiles"]} == {("skin_tone", "suggested"), ("surface", "blind")}
+    table = {row["attribute"]: row for row in rows if row["view"] == ("blind" if row["attribute"] == "surface" else "suggested")}
     p_o, p_e = 3 / 5, (3 * 1 + 2 * 3 + 0 * 1) / 25
     assert table["skin_tone"]["tiles"] == 5
     assert table["skin_tone"]["agree"] == pytest.approx(p_o)
@@ -402,6 +414,106 @@ def test_agreement_is_cohens_kappa(data):
     assert table["edge"]["kappa"] is None
     anna.close()
     ben.close()
+
+
+def test_two_people_pressing_enter_agree_with_the_machine_not_each_other(data, capsys):
+    """Both accept every suggestion: nothing of it counts as blind agreement, and the print says so. Two blind people have
+    no suggestions at all: nothing the page gets tells one, accepting is refused, and all they say counts as blind."""
+    anna, ben = Site(data, "anna"), Site(data, "ben")
+    for person in (anna, ben):
+        person.post("answer", accept=True)
+    blind = [row for row in label_compare.agreement(data) if row["view"] == "blind"]
+    assert all(row["tiles"] == 0 and row["kappa"] is None for row in blind)
+    carl, dora = Site(data, "carl", blind=True), Site(data, "dora", blind=True)
+    for person, tone in ((carl, "tan"), (dora, "dark")):
+        assert all(each["suggestion"] is None and not each["unsure"] and each["value"] is None for each in person.state["questions"])
+        assert person.state["sentence"] == "a clinical photograph of a malignant skin lesion"
+        assert person.post("answer", accept=True).status_code == 400
+        person.say(tone)
+    row = next(row for row in label_compare.agreement(data) if (row["first"], row["second"], row["attribute"], row["view"]) ==
+               ("carl", "dora", "skin_tone", "blind"))
+    assert (row["tiles"], row["agree"]) == (1, 0.0)
+    assert carl.journal.rows[0]["blind"] is True
+    assert carl.journal.rows[0]["was"] == {"skin_tone": "given"}
+    label.main([str(data), "--agreement"])
+    out = capsys.readouterr().out
+    assert "anna and ben, suggested answers: a suggestion was in view" in out
+    assert "anna and ben, blind" not in out
+    assert "carl and dora, blind answers: neither saw a suggestion" in out
+    for person in (anna, ben, carl, dora):
+        person.close()
+
+
+def test_a_finished_tile_changes_only_when_asked(site):
+    """The ninth answer of a tile finishes it; another without `change` is refused and shows how it stands; with it the
+    answer counts and the page stays on that attribute, so that the next key cannot hit its neighbour."""
+    site.post("answer", accept=True)
+    site.say(["scale"], stay=True)
+    assert (site.state["tile"], site.state["complete"], site.state["active"]) == (0, True, "surface")
+    before = dict(site.desk.tile(0).answers)
+    refused = site.post("answer", answers={"skin_tone": "dark"})
+    assert refused.status_code == 409
+    assert "finished" in refused.json["error"]
+    assert site.desk.tile(0).answers == before
+    site.post("answer", answers={"border": "irregular"}, change=True)
+    assert (site.state["tile"], site.state["active"], site.desk.tile(0).answers["border"]) == (0, "border", "irregular")
+
+
+def test_a_tile_by_its_id_and_by_what_is_said_of_it(site):
+    """?tile=ID opens the tile, search finds ids, comments and sentences round the end, unknown ones are one line; low
+    confidence and attribute=value filter by what stands, answer before suggestion."""
+    site.post("comment", tile=3, comment="near the ear", revision=0)
+    name = site.state["name"] if site.state["tile"] == 2 else site.desk.identity(2)
+    page = site.client.get(f"/?tile={name}").text
+    assert f'id="identity" href="?tile={name}"' in page
+    assert site.client.get(f"/state?find={name}").json["tile"] == 2
+    assert site.client.get("/state?find=NEAR THE EAR&after=3").json["tile"] == 3
+    for bad in ("/?tile=nothing", "/state?find=nothing", "/state?find="):
+        reply = site.client.get(bad)
+        assert reply.status_code == 400
+        assert reply.text.count("\n") == 1
+    for row in site.desk.rows:
+        row["attributes"] = row["attributes"] | {"border": "smooth"}
+        row["confidence"] = dict.fromkeys(row["attributes"], 0.9)
+    site.desk.rows[4]["confidence"]["edge"] = 0.3
+    site.desk._suggested.clear()
+    assert site.client.get("/state?filter=unsure").json["tile"] == 4
+    site.post("answer", tile=1, revision=0, answers={"border": "irregular"})
+    site.post("answer", tile=1, revision=1, answers={"edge": None})
+    state = site.client.get("/state?filter=border=irregular").json
+    assert (state["tile"], state["members"]) == (1, 1)
+    assert site.client.get("/state?filter=border=smooth").json["members"] == MALIGNANT - 1
+    assert site.client.get("/state?filter=edge=cannot tell").json["tile"] == 1
+    assert site.client.get("/state?filter=edge=soft").status_code == 400
+
+
+def test_the_centre_is_the_lesions(data):
+    """The phantom moved by a quarter of the tile moves the measured centre with it; a blank tile has its middle."""
+    site = Site(data)
+    path = data / site.desk.rows[0]["file_name"]
+    image = np.asarray(Image.open(path))
+    before = site.client.get("/centre/0").json
+    assert before["found"]
+    shift = image.shape[1] // 8
+    moved = np.concatenate([np.repeat(image[:, :1], shift, 1), image[:, :-shift]], 1)
+    Image.fromarray(moved).save(path, quality=95)
+    after = site.client.get("/centre/0").json
+    assert after["x"] - before["x"] == pytest.approx(1 / 8, abs=0.03)
+    assert after["y"] == pytest.approx(before["y"], abs=0.03)
+    Image.new("RGB", (120, 120), (200, 160, 140)).save(path)
+    assert site.client.get("/centre/0").json == {"x": 0.5, "y": 0.5, "found": False}
+    site.close()
+
+
+@pytest.mark.parametrize(("tone", "color"), label_pages.SWATCHES.items())
+def test_swatches_are_the_skin_they_stand_for(tone, color):
+    """Each swatch, measured like a tile's skin, has an individual typology angle inside its group's range."""
+    from lesion.describe.attributes import ITA_EDGES, ita_degrees
+    from lesion.describe.segment import rgb_to_lab
+    light, _, b = rgb_to_lab(np.array([int(color[n:n + 2], 16) for n in (1, 3, 5)], np.uint8))
+    place = NAMES["skin_tone"].index(tone)
+    edges = (90.0, *ITA_EDGES, -90.0)
+    assert edges[place + 1] + 2 < ita_degrees(light, b) < edges[place] - 2
 
 
 def test_sidecars(data, run_script):

@@ -94,6 +94,45 @@ def test_token_opens_the_site_and_leaves_the_address(tmp_path):
     assert client.post("/save", headers={"Origin": "http://localhost"}).status_code == 200
 
 
+def test_wrong_tokens_slow_down(tmp_path):
+    """Ten wrong tokens at once, then 429 without a look, even for the right one; who holds the cookie is never stopped;
+    another address may still try; after the wait the right token opens."""
+    app = make_app(tmp_path, token=TOKEN, host="0.0.0.0")
+    app.extensions["guesses"].every_s = 0.05
+    owner, thief, other = (app.test_client() for _ in range(3))
+    assert owner.get(f"/?token={TOKEN}").status_code == 303
+    codes = [thief.get(f"/?token=guess{n}").status_code for n in range(40)]
+    assert codes[:10] == [401] * 10
+    assert codes.count(429) >= 20
+    refused = thief.get(f"/?token={TOKEN}")
+    assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
+    assert owner.get("/").status_code == 200
+    there = {"REMOTE_ADDR": "192.0.2.7"}
+    assert other.get(f"/?token={TOKEN}", environ_base=there).status_code == 303
+    time.sleep(0.6)
+    assert thief.get(f"/?token={TOKEN}").status_code == 303
+
+
+def test_a_cookie_outlives_a_restart_and_says_nothing_of_the_token(tmp_path):
+    """Made with the data's secret it opens the next server too; with another secret, or another token, it does not."""
+    cookies = [make_app(tmp_path, token=token, secret=secret).test_client().get(f"/?token={token}").headers["Set-Cookie"].split(";")[0]
+               for token, secret in ((TOKEN, "a" * 32), (TOKEN, "a" * 32), (TOKEN, "b" * 32), (TOKEN + "x", "a" * 32))]
+    assert cookies[0] == cookies[1]
+    assert len(set(cookies)) == 3
+
+
+def test_json_nested_too_deeply_is_one_line(tmp_path):
+    """A hundred thousand brackets are refused as a bad request, not as an error of the server."""
+    app = make_app(tmp_path)
+
+    @app.post("/json")
+    def read():
+        return {"got": len(request.get_json())}
+    reply = app.test_client().post("/json", data=b"[" * 100_000, headers={"Origin": "http://localhost", "Content-Type": "application/json"})
+    assert reply.status_code == 400
+    assert reply.text.count("\n") <= 1
+
+
 @pytest.mark.parametrize(("settings", "words"), [
     ({"host": "0.0.0.0"}, "give --token"), ({"host": "192.168.1.5"}, "give --token"), ({"host": ""}, "give --token"),
     ({"host": "::"}, "give --token"), ({"token": "short"}, "at least 12"), ({"host": "lab.example"}, "give --token")])
@@ -183,7 +222,8 @@ def main():
         time.sleep(0.5)
         print("slow done", flush=True)
         return "slow"
-    server.serve(app, port=PORT, ready=lambda url: print(url, flush=True))
+    with server.bind(port=PORT) as listener:
+        server.serve(app, listener, ready=lambda url: print(url, flush=True))
     print("stopped", flush=True)
 cli.run(main, "program")
 """
@@ -238,9 +278,8 @@ def test_a_busy_port_is_one_line():
 
 def test_an_address_of_another_machine_is_one_line():
     """--host must be this machine's: ValueError, not a traceback."""
-    app = server.create_app("test", token=TOKEN, host="192.0.2.1")
     with pytest.raises(ValueError, match="cannot listen on 192.0.2.1"):
-        server.serve(app, "192.0.2.1", 0)
+        server.bind("192.0.2.1", 0)
 
 
 def test_a_huge_request_is_refused_by_the_real_server():

@@ -1,8 +1,10 @@
 """The study app: a reader's road, tabs, refusals, kills; what pages and replies tell; readers at the same time."""
+import html
 import http.client
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -169,7 +171,9 @@ def test_malignancy_is_asked_where_wanted(sets, tmp_path):
 
 @pytest.mark.parametrize("bad", [
     {"position": -1}, {"position": 99}, {"position": "x"}, {"position": None}, {"position": {"a": 1}}, {"rating": 0},
-    {"rating": 7}, {"rating": 2.5}, {"rating": "9" * 5000}, {"rating": [1]}, {"revision": "no"}])
+    {"rating": 7}, {"rating": 2.5}, {"rating": "9" * 5000}, {"rating": [1]}, {"revision": "no"},
+    {"rating": True}, {"position": False}, {"rating": 3.0}, {"rating": "３"}, {"malignant": True}, {"malignant": ["yes"]},
+    {"malignant": "maybe"}])
 def test_senseless_answers_are_refused_in_one_line(site, bad):
     """Numbers out of range and other types: 400, one line, nothing stored."""
     site.consent()
@@ -232,6 +236,28 @@ def test_strangers_and_readers_see_no_progress(site):
     assert "not started" in page
     assert not re.search(r"correct|accuracy|d'|right", page)
     assert len(site.client.get("/organiser/answers.csv").text.splitlines()) == 2
+
+
+def test_the_organisers_command_works_from_anywhere(site, tmp_path):
+    """The command on the page names this Python, this evaluate.py and the folder in full, quoted for the shell, and the
+    flag exists: run elsewhere it finds the study (and says that nobody has answered, or writes a report)."""
+    site.client.get(f"/organiser?token={site.study['organiser_token']}")
+    command = html.unescape(re.search(r"<code>(.*?)</code>", site.client.get("/organiser").text)[1])
+    python, script, flag, folder = shlex.split(command)
+    assert (flag, folder) == ("--study", str(site.folder.resolve()))
+    done = subprocess.run([python, script, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "--study" in done.stdout
+
+
+def test_a_hasty_reader_is_marked(site):
+    """A median under a second over five answers is shown as such to the organiser; a normal one is not."""
+    for reader, seconds in ((0, 0.5), (1, 4.0)):
+        site.consent(reader)
+        for position in range(6):
+            site.answer(position, 3, reader, client_s=seconds)
+    marks = [row["hasty"] for row in study._progress(site.study, site.readers)]
+    assert marks == [True, False]
 
 
 def test_a_lost_line_is_asked_again_and_nothing_else(site):
@@ -358,15 +384,16 @@ def test_kill_at_any_moment_loses_no_acknowledged_answer(sets, tmp_path):
     assert 25 <= sum(counts) < 4 * total  # the kills came in the middle
 
 
-def test_twenty_readers_at_once(tmp_path):
-    """Twenty readers answer together: no acknowledged answer is lost and the 95th percentile stays under 200 ms.
-    LESION_LOAD_SECONDS lengthens the run (60 for the full measure; 2 by default). Prints its figures under -s."""
-    seconds = float(os.environ.get("LESION_LOAD_SECONDS", 2))
+def test_fifty_readers_at_once(tmp_path):
+    """Fifty readers answer together, a tile a second and reader: no acknowledged answer is lost and the 95th percentile
+    stays under 200 ms. LESION_LOAD_SECONDS lengthens the run (60 for the full measure; 3 by default). Prints its figures
+    under -s."""
+    seconds = float(os.environ.get("LESION_LOAD_SECONDS", 3))
     count = int(min(400, max(30, 8 * seconds)))
     study_folder.create(tmp_path / "study", real_set(tmp_path / "real", count),
-                        synthetic_set(tmp_path / "synthetic", count), count=count, resolution=128, readers=20)
+                        synthetic_set(tmp_path / "synthetic", count), count=count, resolution=128, readers=50)
     process, links, _ = start(tmp_path / "study")
-    browsers, threads = read_all(links, time.monotonic() + seconds, 2 * count, think=0.05)
+    browsers, threads = read_all(links, time.monotonic() + seconds, 2 * count, think=1.0)
     for thread in threads:
         thread.join()
     process.kill()
@@ -374,15 +401,15 @@ def test_twenty_readers_at_once(tmp_path):
     answers = stored(tmp_path / "study", browsers)
     times = sorted(t for browser in browsers for t in browser.times)
     p95 = times[int(0.95 * len(times))]
-    print(f"\n20 readers, {seconds:.0f} s: {answers} answers, {len(times)} requests, median "
+    print(f"\n50 readers, {seconds:.0f} s: {answers} answers, {len(times)} requests, median "
           f"{1000 * times[len(times) // 2]:.1f} ms, p95 {1000 * p95:.1f} ms, worst {1000 * times[-1]:.1f} ms")
-    assert answers >= 20
+    assert answers >= 50
     assert all(browser.acknowledged for browser in browsers)
     assert p95 < 0.2
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    (["--count", "6"], "was made with --count 5, not 6"), (["--allow-back"], "was made with --allow-back False"),
+    (["--count", "6"], "was made with --count 5, not 6"), (["--allow-back"], "was made with --no-allow-back, not --allow-back:"),
     (["--label", "benign"], "was made with --label malignant"), (["--readers", "1"], "has 2 readers, not 1"),
     (["--synthetic", "{real}"], "was made with --synthetic"), (["--host", "0.0.0.0"], "give --token")])
 def test_other_settings_are_refused(site, sets, flags, words):

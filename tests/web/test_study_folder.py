@@ -3,7 +3,11 @@ import csv
 import io
 import json
 import re
+import shutil
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +21,7 @@ from sklearn.preprocessing import StandardScaler
 from study_sets import real_set, synthetic_set
 
 from lesion.run import files
-from lesion.web import study_folder
+from lesion.web import study_folder, study_tiles
 from lesion.web.journal import Journal
 
 
@@ -133,7 +137,7 @@ def test_jpeg_history_is_hidden(shared):
             picture = Image.open(buffer).convert("RGB")
         image = np.asarray(picture)
         before.append(history_features(image))
-        with Image.open(io.BytesIO(study_folder.encode(image))) as served:
+        with Image.open(io.BytesIO(study_tiles.encode(image))) as served:
             after.append(history_features(np.asarray(served)))
     detector = make_pipeline(StandardScaler(), LogisticRegression(C=0.05, max_iter=500))
     folds = StratifiedKFold(5, shuffle=True, random_state=0)
@@ -154,6 +158,87 @@ def test_too_few_tiles_is_one_line(sets, tmp_path, settings, words):
         study_folder.create(tmp_path / "s", **({**sets, "count": 8} | settings))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("kill_at", range(1, 10))
+def test_a_creation_killed_at_any_rename_starts_again(sets, tmp_path, kill_at):
+    """Killed before its nth rename (study.json's is the ninth and last), the same command makes the study: its own tiles
+    only, and nothing left over."""
+    code = f"""
+import os, sys
+from pathlib import Path
+from lesion.web import study_folder, study_tiles
+real, count = os.replace, 0
+def replace(*paths):
+    global count
+    count += 1
+    if count == {kill_at}:
+        os._exit(9)
+    real(*paths)
+os.replace = replace
+study_folder.create(Path({str(tmp_path / "s")!r}), Path({str(sets["real"])!r}), Path({str(sets["synthetic"])!r}), count=4, seed=3)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
+    study = study_folder.create(tmp_path / "s", **sets, count=4, seed=3)
+    assert sorted(path.name for path in (tmp_path / "s").rglob("*") if path.is_file()) == sorted(
+        ["study.json", *(f"{tile['id']}.png" for tile in study["tiles"])])
+    study_folder.load(tmp_path / "s")
+
+
+def test_what_is_not_a_studys_is_never_swept(sets, tmp_path):
+    """Somebody's own folder named `tiles`, or another file: refused, and left as it is."""
+    for name in ("tiles/mine.png", "notes.txt", ".hidden"):
+        folder = tmp_path / name.replace("/", "_")
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("mine")
+        with pytest.raises(ValueError, match="give a new folder"):
+            study_folder.create(folder, **sets, count=4)
+        assert (folder / name).read_text() == "mine"
+
+
+def test_a_picture_that_leads_out_of_its_source_is_refused(sets, tmp_path):
+    """A link in the source to a file elsewhere is named and not shown to readers."""
+    real = tmp_path / "real"
+    shutil.copytree(sets["real"], real)
+    first = real / files.read_manifest(real)[0]["file_name"]
+    first.rename(tmp_path / "secret.jpg")
+    first.symlink_to(tmp_path / "secret.jpg")
+    with pytest.raises(ValueError, match="leads out of"):
+        study_folder.create(tmp_path / "s", real, sets["synthetic"], count=4)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("change", [
+    lambda s: s["tiles"][0].update(id="../../secret"), lambda s: s["readers"][0].update(name="../../eve"),
+    lambda s: s["readers"][0].update(link="x/../y")])
+def test_ids_of_a_forged_study_are_never_paths(sets, tmp_path, change):
+    """A study.json whose seal was made anew, with an id, name or link that is a path: refused."""
+    study = study_folder.create(tmp_path / "s", **sets, count=4)
+    change(study)
+    study_folder._write(tmp_path / "s", study)
+    with pytest.raises(ValueError, match="ids are not those of a study"):
+        study_folder.load(tmp_path / "s")
+
+
+def test_answers_csv_has_no_formula(sets, tmp_path):
+    """A file name that a spreadsheet would run is disarmed in answers.csv."""
+    real = tmp_path / "real"
+    shutil.copytree(sets["real"], real)
+    rows = files.read_manifest(real)
+    for row in rows:
+        name = "=" + Path(row["file_name"]).name
+        (real / row["file_name"]).rename(real / name)
+        row["file_name"] = name
+    files.write_manifest(real, rows)
+    study = study_folder.create(tmp_path / "s", real, sets["synthetic"], count=4, readers=1)
+    with Journal(study_folder.journal_path(tmp_path / "s", study["readers"][0])) as journal:
+        for position in range(8):
+            journal.append(answer(study, 0, position, 3))
+    with open(tmp_path / "s" / "answers.csv", "w") as file:
+        file.write(study_folder.answers_csv(tmp_path / "s"))
+    cells = [row["file_name"] for row in csv.DictReader((tmp_path / "s" / "answers.csv").read_text().splitlines())]
+    assert sum(cell.startswith("'=") for cell in cells) == 4
+    assert not any(cell.startswith("=") for cell in cells)
 
 
 def test_synthetic_tiles_of_unequal_sizes_are_refused(sets, tmp_path):
