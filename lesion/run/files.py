@@ -203,21 +203,21 @@ def check_row(row: dict, place: str) -> None:
             row[name] = None
     for name in row.keys() & IDS:
         if not isinstance(row[name], str | int | float | None):
-            raise ValueError(f"{place}: {name} is a {type(row[name]).__name__}, expected text or a number")
+            raise ValueError(f"{place}: {name} is of type {type(row[name]).__name__}, expected text or a number")
         row[name] = plain_id(row[name])
     for name in row.keys() & TEXTS:
         check_text(row[name], f"{place}: {name}")
     if not isinstance(row.get("label"), str | int | float | None):
-        raise ValueError(f"{place}: label is a {type(row['label']).__name__}, expected text or a number")
+        raise ValueError(f"{place}: label is of type {type(row['label']).__name__}, expected text or a number")
     if not isinstance(row.get("attributes"), dict | None):
-        raise ValueError(f"{place}: attributes is a {type(row['attributes']).__name__}, expected an object of name: value")
+        raise ValueError(f"{place}: attributes is of type {type(row['attributes']).__name__}, expected an object of name: value")
 
 
 def check_text(value: object, place: str) -> str | None:
     """`value` if it is text that UTF-8 can hold, or None; ValueError, naming `place`, otherwise."""
     if value is not None and not isinstance(value, str):
         hint = ": give one caption a tile" if isinstance(value, list) else ""
-        raise ValueError(f"{place} is a {type(value).__name__}, expected text{hint}")
+        raise ValueError(f"{place} is of type {type(value).__name__}, expected text{hint}")
     try:
         (value or "").encode()
     except UnicodeEncodeError:

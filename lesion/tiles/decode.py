@@ -32,6 +32,7 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: I
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 MIDDLE_MM = 4.5  # median lesion 3 to 4 mm
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # PIXELS is lower, and an error
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\..*")  # of broken EXIF: `_orientation` goes on without
 
 
 @dataclass
