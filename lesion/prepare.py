@@ -90,14 +90,20 @@ def main(argv: list[str]) -> None:
                              [[i, split[i], source.labels[i], source.patients.get(i), source.stamp(i), details[i],
                                source.given.get(i)] for i in ids]])
     if _recorded(args.out).get("key") == key:
-        _check_whole(args.out)
-        print(f"{args.out} already holds this data set; nothing to do")
-        return
+        damaged = _damaged(args.out)
+        if not damaged:
+            print(f"{args.out} already holds this data set; nothing to do")
+            return
+        if not args.overwrite:
+            raise ValueError(f"{args.out} holds this data set, but {damaged} is gone or changed: make it again with --overwrite")
     if args.out.exists() and any(args.out.iterdir()) and not args.overwrite:
         raise ValueError(f"--out {args.out} holds another data set: choose another folder, or --overwrite")
     staging = args.out.parent / f".{args.out.name}.partial"
+    said = len(source.notes)
     try:
         record = build(source, details, split, args, staging)
+        for note in source.notes[said:]:
+            print(f"  {note}")
         files.write_json(staging / "dataset.json", {**record, "key": key})
         _swap(staging, args.out)
     except BaseException:
@@ -279,12 +285,17 @@ def _recorded(out: Path) -> dict:
     return files.read_json(path) if path.is_file() else {}
 
 
-def _check_whole(out: Path) -> None:
-    """ValueError for a tile of a finished set that is gone or changed."""
-    for row in files.read_manifest(out):
+def _damaged(out: Path) -> str | None:
+    """The first tile of a finished set that is gone or changed; the manifest itself where that cannot be read."""
+    try:
+        rows = files.read_manifest(out)
+    except ValueError:
+        return files.MANIFEST
+    for row in rows:
         path = out / row["file_name"]
-        if not path.is_file() or files.sha256_file(path) != row["sha256"]:
-            raise ValueError(f"{out} holds this data set, but {row['file_name']} is gone or changed: make it again with --overwrite")
+        if not path.is_file() or files.sha256_file(path) != row.get("sha256"):
+            return row["file_name"]
+    return None
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
