@@ -13,6 +13,7 @@ names say), tables.py (csv), source.py.
 Proven by tests/tiles/test_isic.py.
 """
 import re
+import shlex
 from pathlib import Path
 
 from lesion.tiles import archives, loose
@@ -54,9 +55,11 @@ def open_source(path: str | Path, ground_truth: str | Path | None = None, worker
     inside = source.tables
     labels = labels or [table for table in inside if LABEL_TABLE.search(_base(table))] or \
         ([] if source.labels else [table for table in inside if _has_labels(table)])
-    if not labels and not source.labels and not source.unlabelled:
+    if not labels and not source.labels:
+        others = " ".join(shlex.quote(f"{name}=malignant") for name in list(source.unlabelled)[:2])
         raise ValueError(f"{path}: no labels found: expected *_GroundTruth.csv or train-metadata.csv beside the tiles, "
-                         f"folders named benign and malignant, or --ground-truth CSV{absent and f' ({absent})'}")
+                         f"folders named benign and malignant, or --ground-truth CSV{absent and f' ({absent})'}"
+                         + (f"; what else folders mean is said by --label-map, such as {others}" if others else ""))
     more += [table for table in inside if MORE_TABLE.search(_base(table)) and table not in labels]
     source.tables = [*labels, *more]
     for table in labels:

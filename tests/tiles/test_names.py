@@ -89,6 +89,15 @@ def test_another_class_folder_is_asked_about(tmp_path, make, folder):
 
 
 @KINDS
+def test_folders_of_diagnoses_only(tmp_path, make):
+    """Where no folder says benign or malignant, all may be mapped: the refusal shows how, two words do it."""
+    source = make(tmp_path, {"mel/a.jpg": layouts.jpeg(1, 20), "10_nevus nevus/b.jpg": layouts.jpeg(2, 20)})
+    with pytest.raises(ValueError, match="no labels found: .* --label-map, such as .*mel=malignant"):
+        isic.open_source(source)
+    assert isic.open_source(source, label_map={"mel": "malignant", "nevus": "benign"}).labels == {"a": "malignant", "b": "benign"}
+
+
+@KINDS
 @pytest.mark.parametrize("endings", [(".jpg", ".txt"), (".JPG", ".TXT"), (".png", ".caption"), (".jpeg", ".Txt"), (".bmp", ".jpg.txt")])
 def test_captions_in_any_case_are_used(tmp_path, make, endings):
     """A caption beside a tile is its text whatever the case of the endings."""
@@ -158,7 +167,8 @@ def test_kaggles_competition_zip(tmp_path):
     ("metadata.csv", "isic_id,diagnosis_1,patient_id\nISIC_1,Malignant,a\nISIC_2,Benign,b\n"),            # isic-cli
     ("metadata.csv", "isic_id,benign_malignant,patient_id\nISIC_1,malignant,a\nISIC_2,benign,b\n"),       # isic-cli, earlier
     ("train.csv", "image_name,patient_id,diagnosis,benign_malignant,target\nISIC_1,a,melanoma,malignant,1\nISIC_2,b,nevus,benign,0\n"),
-    ("ISIC_2019_Training_GroundTruth.csv", "image,MEL,NV,BCC,AK,BKL,DF,VASC,SCC,UNK\nISIC_1,1.0,0.0,0,0,0,0,0,0,0\nISIC_2,0,1,0,0,0,0,0,0,0\n"),
+    ("ISIC_2019_Training_GroundTruth.csv", "image,MEL,NV,BCC,AK,BKL,DF,VASC,SCC,UNK\n"
+     "ISIC_1,1.0,0.0,0,0,0,0,0,0,0\nISIC_2,0,1,0,0,0,0,0,0,0\n"),
     ("HAM10000_metadata.csv", "lesion_id,image_id,dx,dx_type\nHAM_1,ISIC_1,mel,histo\nHAM_2,ISIC_2,nv,histo\n")])
 def test_other_isic_tables_are_found_by_their_columns(tmp_path, name, table):
     """isic-cli's export, ISIC 2019, ISIC 2020 and HAM10000 beside their pictures."""
