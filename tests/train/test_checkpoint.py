@@ -12,7 +12,8 @@ from lesion.train.checkpoint import STATE, Progress, load_checkpoint, lora_of_st
 from lesion.train.step import adamw
 
 RECIPE = SimpleNamespace(label="malignant", phase=1, resolution=128, seed=0, lora_format="kohya", data="d", rank=2, alpha=3.0, base="b",
-                         lr=1e-2, clip=1.0, min_snr_gamma=None, noise_offset=0.0, precision="fp16", schedule="constant", steps=20, rates=dict)
+                         lr=1e-2, clip=1.0, min_snr_gamma=None, noise_offset=0.0,
+                         precision="fp16", schedule="constant", steps=20, rates=dict)
 RECORD = {"base_sha256": "0", "data_sha256": "1", "tiles": 3, "tag_frequency": {}, "provenance": {"git_commit": None}}
 
 
