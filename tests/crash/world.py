@@ -29,13 +29,14 @@ def script(name: str):
 @dataclass(frozen=True)
 class Command:
     """argv(out, again) of a call, `again` after one that was cut; `states`: what a flipped bit is tried on, relative to the folder of the
-    output, or to the world with a leading slash; prepare(world, out): what stands in the output folder before the first call."""
+    output, or to the world with a leading slash; `cut`: the file after whose second writing a run is cut for that, else it is a finished
+    one; prepare(out): what stands in the output folder before the first call."""
     name: str
     main: Callable[[list[str]], None]
     argv: Callable[[Path, bool], list]
     states: tuple[str, ...] = ()
     prepare: Callable[[Path], None] = lambda out: None
-    volatile: tuple[str, ...] = ()
+    cut: str = ""
 
 
 def build(folder: Path) -> None:
@@ -111,14 +112,15 @@ def commands(world: Path) -> dict[str, Command]:
         Command("prepare", prepare.main, prepared),
         Command("overwrite", prepare.main, overwritten, prepare=lambda out: shutil.copytree(world / "older", out)),
         Command("train", train_lora.main, train,
-                ("checkpoint.safetensors", "checkpoint.previous.safetensors", "/data/.cache/latents-*")),
+                ("checkpoint.safetensors", "checkpoint.previous.safetensors", "/data/.cache/latents-*"), cut="/checkpoint.safetensors"),
         Command("generate", generate.main, draw, ("malignant-*.png", "metadata.jsonl", "provenance.json")),
         Command("classify", classify.main, classifier, ("S2/seed0/state.safetensors", "S2/seed0/state.previous.safetensors",
-                                                        "B0/seed0/predictions.csv", "/data/.cache/tiles-*.npy")),
+                                                        "B0/seed0/predictions.csv", "/data/.cache/tiles-*.npy"), cut="S2/seed0/state.safetensors"),
         Command("evaluate", evaluate.main, lambda out, again: ["--classify", world / "predictions", "--out", out]),
         Command("study", study.main, asked, ("study.json", "tiles/*.png")),
         Command("label", label.main, lambda out, again: [out, "--no-serve", "--label", "all"], prepare=labelled),
-        Command("pretrain", pretrain.main, vae, ("vae.checkpoint.safetensors", "vae.checkpoint.previous.safetensors")),
+        Command("pretrain", pretrain.main, vae, ("vae.checkpoint.safetensors", "vae.checkpoint.previous.safetensors"),
+                cut="/vae.checkpoint.safetensors"),
     ]
     return {command.name: command for command in every}
 
