@@ -147,7 +147,7 @@ def train(flags: dict, out: Path, resume: bool, stop: cli.Stop) -> None:
     optimizer = adamw(groups, recipe.lr, recipe.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
     at = load_checkpoint(out, networks, optimizer, scaler, say) if resume else Progress()
-    done = at.done
+    done = at.step
     if done > recipe.steps:
         raise ValueError(f"{out} has done {done} steps already: --steps {recipe.steps} is fewer")
     log = watch.Log(out, device, tiles.rows, done, batch_size, writes=first_rank, curves=flags["log"] == "tensorboard")
@@ -203,9 +203,7 @@ def train(flags: dict, out: Path, resume: bool, stop: cli.Stop) -> None:
         mine = np.concatenate(mine)
         log.step(done, torch.cat(errors), draws.timesteps[mine], chosen[step, mine], grad_norm, optimizer.param_groups[0]["lr"], at.skipped)
         if last or done % LOG_EVERY == 0 or done % recipe.checkpoint_every == 0 or done % recipe.val_every == 0:
-            log.check(world)
-            if first_rank:
-                bar.set_postfix_str(log.flush(), refresh=False)
+            bar.set_postfix_str(log.flush(world), refresh=False)
         if first_rank:
             bar.update()
             if validate and (done == recipe.steps or done % recipe.val_every == 0):

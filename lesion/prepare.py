@@ -6,7 +6,6 @@ set. The same source, flags and seed give the same bytes. Proven by tests/test_p
 """
 import argparse
 import hashlib
-import json
 import os
 import shutil
 import zlib
@@ -17,11 +16,12 @@ from lesion import __version__
 from lesion.run import cli, files, lock, sums
 
 FORMAT = 1
-OWN_FILES = {"images", files.MANIFEST, "dataset.json", ".cache", sums.NAME, lock.NAME}
+OWN_FILES = {"images", files.MANIFEST, "dataset.json", "attributes.png", ".cache", sums.NAME, lock.NAME}
 BENIGN = {"train": 8000, "val": 1000, "test": 2000}
 COLOR_NORMS = "none, grey-world, shades-of-gray, max-rgb, skin-locus"
 MEASURED_BY = ("numpy", "pillow", "scikit-image", "scipy")
 REFERENCE_TILES = 1000  # training tiles that define skin-locus's line
+LEAST_SIDE = 16  # pixels; ISIC 2024's smallest tile has 51
 OWN_PLACE = ("malignant", "target", "label", "patient_id", "lesion_id")  # columns that a row has a place of its own for
 
 
@@ -34,6 +34,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
                        "malignant/ folders, an imagefolder, kohya captions")
     group.add_argument("--ground-truth", metavar="CSV",
                        help="the label table (isic_id and malignant or target), where it is not beside the tiles")
+    group.add_argument("--label-map", nargs="+", action="extend", type=_label_word, metavar="NAME=LABEL", default=argparse.SUPPRESS,
+                       help="what a folder's name, a table's word or a diagnosis stands for: benign, malignant or skip")
     group.add_argument("--out", type=Path, default=Path("data/isic2024"), metavar="DIR", help="folder to write")
     group.add_argument("--overwrite", action="store_true", help="replace another prepared set in --out")
     group = parser.add_argument_group("split and sampling")
@@ -60,6 +62,13 @@ def _count(text: str) -> int | None:
     return None if text == "all" else cli.number(int, low=0)(text)
 
 
+def _label_word(text: str) -> tuple[str, str]:
+    name, _, label = text.rpartition("=")
+    if not name.strip() or label.lower() not in ("benign", "malignant", "skip"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=benign, NAME=malignant or NAME=skip")
+    return name.strip().lower(), label.lower()
+
+
 def main(argv: list[str]) -> None:
     """Source to prepared data set, in order: read, choose, check that it is new, build aside, rename into place."""
     args = parse(argv)
@@ -74,23 +83,33 @@ def prepare(args) -> None:
     colour.check(args.color_norm)
     _check_out(args.out, args.overwrite)
     print(f"reading {args.source}", flush=True)
-    source = isic.open_source(args.source, args.ground_truth, workers=args.workers)
+    source = isic.open_source(args.source, args.ground_truth, args.workers, dict(getattr(args, "label_map", ())))
     print(f"  {source.layout}: {len(source.where)} labelled tiles")
-    split, ids = choose(source, args)
-    for note in source.notes:
-        print(f"  {note}")
+    print(f"  {source.account()}")
+    try:
+        split, ids = choose(source, args)
+    finally:  # the reasons stand before a refusal
+        for note in source.notes:
+            print(f"  {note}", flush=True)
     details = metadata(source, ids)
     key = files.sha256_json([FORMAT, __version__, args.seed, args.prompts, args.color_norm,
                              [[i, split[i], source.labels[i], source.patients.get(i), source.stamp(i), details[i],
                                source.given.get(i)] for i in ids]])
     if _recorded(args.out).get("key") == key:
-        print(f"{args.out} already holds this data set; nothing to do")
-        return
+        damaged = _damaged(args.out)
+        if not damaged:
+            print(f"{args.out} already holds this data set; nothing to do")
+            return
+        if not args.overwrite:
+            raise ValueError(f"{args.out} holds this data set, but {damaged} is gone or changed: make it again with --overwrite")
     if args.out.exists() and any(args.out.iterdir()) and not args.overwrite:
         raise ValueError(f"--out {args.out} holds another data set: choose another folder, or --overwrite")
     staging = args.out.parent / f".{args.out.name}.partial"
+    said = len(source.notes)
     try:
         record = build(source, details, split, args, staging)
+        for note in source.notes[said:]:
+            print(f"  {note}")
         files.write_json(staging / "dataset.json", {**record, "key": key})
         sums.write(staging)
         with lock.owner(args.out, wanted=args.out.exists()):  # nobody labels what is replaced
@@ -111,7 +130,9 @@ def choose(source, args) -> tuple[dict[str, str], list[str]]:
     from lesion.tiles.tables import file_table
     ids, came_with = list(source.where), {i: row["split"] for i, row in source.given.items() if "split" in row}
     if args.split_file:
-        listed, patients = split.by_file(file_table(args.split_file, "--split-file"))
+        table = file_table(args.split_file, "--split-file")
+        listed, patients = split.by_file(table)
+        source.notes += table.notes
         source.patients = {**patients, **source.patients}
         parts = {i: listed[i] for i in ids if i in listed}
         if not parts:
@@ -150,18 +171,20 @@ def choose(source, args) -> tuple[dict[str, str], list[str]]:
 
 def build(source, details: dict[str, dict], parts: dict[str, str], args, staging: Path) -> dict:
     """Write images/ and metadata.jsonl to `staging`; returns dataset.json's record. `details`: `source.metadata`'s."""
+    from lesion.describe.rows import describe, outline_sheet
     from lesion.tiles import split
     ids = list(details)
     if not source.remote:
         shutil.rmtree(staging, ignore_errors=True)
-    prints, shapes, problems = fetch(source, ids, staging)
+    prints, shapes, problems, remarks = fetch(source, ids, staging)
+    source.notes += [f"{len(names)} tiles are {what} (first: {names[0]})" for what, names in sorted(remarks.items())]
     if not prints:
         raise ValueError(f"none of the {len(ids)} tiles is readable (first: {problems[0]})")
     rows = [_row(source, i, parts[i], details[i], prints[i][0]) for i in ids if i in prints]
     for path in (staging / "images").iterdir():  # left by an interrupted run with other flags
         if path.stem not in prints:
             path.unlink()
-    describe(rows, staging, args)
+    describe(rows, staging, args.prompts == "structured", args.workers)
     if args.prompts == "structured":
         outline_sheet(rows, staging)
     files.write_manifest(staging, rows)
@@ -181,14 +204,14 @@ def _arguments(args) -> dict:
             if value is not None and name not in ("out", "overwrite", "workers")}
 
 
-def fetch(source, ids: list[str], staging: Path) -> tuple[dict, list[str], list[str]]:
-    """Copy the tiles' bytes to `staging`/images: ({isic_id: (sha256, fingerprint)}, not square, unreadable "id: why").
-    """
+def fetch(source, ids: list[str], staging: Path) -> tuple[dict, list[str], list[str], dict[str, list[str]]]:
+    """Copy the tiles' bytes to `staging`/images: ({isic_id: (sha256, fingerprint)}, not square, unreadable "id: why",
+    {remark: ids}). A tile under LEAST_SIDE pixels is unreadable, and so is one whose path would leave the folder."""
     from lesion.tiles import decode, split
     images = staging / "images"
     images.mkdir(parents=True, exist_ok=True)
     kept = {i for i in ids if source.remote and _is_there(images / _name(source, i), source.stamp(i))}
-    prints, shapes, problems = {}, [], []
+    prints, shapes, problems, remarks = {}, [], [], {}
     with cli.progress(total=len(ids), desc="tiles", unit="tile") as bar:
         fresh = source.read([i for i in ids if i not in kept])
         old = ((i, (images / _name(source, i)).read_bytes()) for i in ids if i in kept)
@@ -199,15 +222,22 @@ def fetch(source, ids: list[str], staging: Path) -> tuple[dict, list[str], list[
                     if isinstance(data, ValueError):
                         raise data
                     image = decode.decode(data, square=False)
+                    if min(image.shape[:2]) < LEAST_SIDE:
+                        raise ValueError(f"{image.shape[1]}x{image.shape[0]} pixels, expected at least {LEAST_SIDE} a side")
                 except ValueError as error:
                     problems.append(f"{isic_id}: {error}")
                     continue
                 if image.shape[0] != image.shape[1]:
                     shapes.append(f"{isic_id}: {image.shape[1]}x{image.shape[0]}")
+                if (what := decode.remark(data)) is not None:
+                    remarks.setdefault(what, []).append(isic_id)
                 if new:
-                    (images / _name(source, isic_id)).write_bytes(data)
+                    path = images / _name(source, isic_id)
+                    if path.parent != images or path.is_symlink():
+                        raise ValueError(f"{path} is no place for a tile: {isic_id!r} leads out of {images}")
+                    path.write_bytes(data)
                 prints[isic_id] = hashlib.sha256(data).hexdigest(), split.fingerprint(decode.central_square(image))
-    return prints, sorted(shapes), sorted(problems)
+    return prints, sorted(shapes), sorted(problems), remarks
 
 
 def _is_there(path: Path, stamp: list) -> bool:
@@ -219,50 +249,6 @@ def _is_there(path: Path, stamp: list) -> bool:
 
 def _name(source, isic_id: str) -> str:
     return isic_id + source.suffix(isic_id)
-
-
-def describe(rows: list[dict], staging: Path, args) -> None:
-    """Give each row its `text`, and with structured prompts its `attributes`, `measured` and `confidence`.
-
-    A caption, or attributes, that came with the tile are kept; else what ISIC's metadata says goes before what pixels say.
-    """
-    from lesion.describe.prompts import FIXED_PROMPT, to_sentence
-    bare = [row for row in rows if not row["attributes"]]
-    if args.prompts == "structured" and bare:
-        from lesion.describe import attributes
-        measures = attributes.measure_all([staging / row["file_name"] for row in bare], args.workers, cli.progress)
-        quantiles = attributes.metadata_quantiles(row.get("metadata") or {} for row in rows)
-        for row, measured in zip(bare, measures):
-            row["attributes"], confidence = attributes.describe(measured, row.get("metadata"), quantiles)
-            row["confidence"], row["measured"] = _rounded(confidence), _rounded(measured)
-    for row in rows:
-        if not row["text"]:
-            row["text"] = to_sentence(row["label"], row["attributes"]) if args.prompts == "structured" \
-                else FIXED_PROMPT[row["label"]]
-
-
-def outline_sheet(rows: list[dict], staging: Path) -> None:
-    """Write attributes.png: up to 64 tiles of every class by turns, outlined as they were measured, for people to look over."""
-    import numpy as np
-    from PIL import Image
-
-    from lesion.describe import attributes
-    from lesion.run import sheets
-    from lesion.tiles import decode
-    by_label = [[row for row in rows if row["label"] == label] for label in sorted({row["label"] for row in rows})]
-    some = [part[i] for part in by_label for i in np.linspace(0, len(part) - 1, min(len(part), 64 // len(by_label))).astype(int)]
-    raw = [decode.decode((staging / row["file_name"]).read_bytes()) for row in some]
-    shown = [Image.fromarray(attributes.outlined(image)).resize((256, 256)) for image in raw]
-    sheets.save_png(staging / "attributes.png", sheets.contact_sheet(np.stack([np.asarray(image) for image in shown])))
-
-
-def _rounded(value):
-    """Floats to five significant digits, however nested."""
-    if isinstance(value, dict):
-        return {name: _rounded(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(item) for item in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def _row(source, isic_id: str, part: str, details: dict, sha256: str) -> dict:
@@ -304,13 +290,27 @@ def _reference(rows: list[dict], staging: Path, args) -> dict | None:
 
 def _recorded(out: Path) -> dict:
     path = out / "dataset.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return files.read_json(path) if path.is_file() else {}
+
+
+def _damaged(out: Path) -> str | None:
+    """The first tile of a finished set that is gone or changed; the manifest itself where that cannot be read."""
+    try:
+        rows = files.read_manifest(out)
+    except ValueError:
+        return files.MANIFEST
+    for row in rows:
+        path = out / row["file_name"]
+        if not path.is_file() or files.sha256_file(path) != row.get("sha256"):
+            return row["file_name"]
+    return None
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
     old = out.parent / f".{out.name}.old"
     if old.exists() and not out.exists():
         os.replace(old, out)  # an --overwrite was killed between its two renames
+    shutil.rmtree(old, ignore_errors=True)  # or after them
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: give a folder")
     if overwrite and out.exists() and (others := sorted(p.name for p in out.iterdir() if p.name not in OWN_FILES)):

@@ -291,7 +291,8 @@ def test_provenance(base, lora, data, tmp_path):
         assert row["text"] == row["prompt"]
         assert row["attributes"] == ({"size": "under 3 mm"} if "3 mm" in row["prompt"] else {})
         with Image.open(tmp_path / "out" / row["file_name"]) as image:
-            assert json.loads(image.text["lesion"]) == row
+            digest = files.sha256_file(tmp_path / "out" / row["file_name"])
+            assert json.loads(image.text["lesion"]) | {"sha256": digest} == row
             line = image.text["parameters"].splitlines()
         assert line[:2] == [f"{row['prompt']} <lora:{lora.stem}:1>", "Negative prompt: hair"]
         assert line[2].startswith(f"Steps: 3, Sampler: DDIM, CFG scale: 7.5, Seed: {5 + i}, Size: 64x64, Model hash: ")
@@ -369,13 +370,37 @@ def test_an_interrupted_call_goes_on(base, lora, data, tmp_path):
         (cut / f"malignant-{i:05d}.png").unlink()
     (cut / "grid.png").unlink()
     manifest = cut / "metadata.jsonl"
-    manifest.write_bytes(b"".join(manifest.read_bytes().splitlines(keepends=True)[:2])[:-30])
+    manifest.write_bytes(b"".join(manifest.read_bytes().splitlines(keepends=True)[:3])[:-30])
     (cut / ".malignant-00002.png.x.tmp").write_bytes(b"half")
     kept = (cut / "malignant-00000.png").stat().st_mtime_ns
     draw(base, cut, *flags, count=5)
     (cut / ".malignant-00002.png.x.tmp").unlink()
     assert contents(cut) == contents(tmp_path / "whole")
     assert (cut / "malignant-00000.png").stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize("damage", ["cut", "another picture", "another row", "row without hash"])
+def test_a_finished_picture_is_verified(base, lora, data, tmp_path, capsys, damage):
+    """A cut or replaced picture, or a row that is not the one it was drawn from, is named and drawn again; every byte of the folder
+    is that of an undisturbed call, and the batch that was whole is left alone."""
+    flags = ["--prompts-from", data, "--lora", lora, "--batch-size", 2]
+    draw(base, tmp_path / "whole", *flags, count=4)
+    shutil.copytree(tmp_path / "whole", tmp_path / "spoilt")
+    picture, rows = tmp_path / "spoilt" / "malignant-00003.png", files.read_manifest(tmp_path / "spoilt")
+    if damage == "cut":
+        picture.write_bytes(picture.read_bytes()[:-20])
+    elif damage == "another picture":
+        shutil.copy(tmp_path / "whole" / "malignant-00001.png", picture)
+    elif damage == "another row":
+        files.write_manifest(tmp_path / "spoilt", [*rows[:3], rows[3] | {"text": "something else"}])
+    else:
+        files.write_manifest(tmp_path / "spoilt", [*rows[:3], {key: rows[3][key] for key in rows[3] if key != "sha256"}])
+    kept = (tmp_path / "spoilt" / "malignant-00000.png").stat().st_mtime_ns
+    capsys.readouterr()
+    draw(base, tmp_path / "spoilt", *flags, count=4)
+    assert f"{picture} " in capsys.readouterr().out
+    assert contents(tmp_path / "spoilt") == contents(tmp_path / "whole")
+    assert (tmp_path / "spoilt" / "malignant-00000.png").stat().st_mtime_ns == kept
 
 
 def test_killed_while_it_draws(base, tmp_path, monkeypatch):

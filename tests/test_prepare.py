@@ -353,6 +353,108 @@ def test_wrong_flags_end_in_one_line(tmp_path, flags, message):
         run(layouts.official_zip(tmp_path), tmp_path / "out", *flags)
 
 
+def test_overwrite_knows_its_own_outline_sheet(tmp_path):
+    """A set with attributes.png, which prepare wrote, can be written over."""
+    source, csv = layouts.official_zip(tmp_path), layouts.split_file(tmp_path)
+    flags = ["--source", str(source), "--out", str(tmp_path / "out"), "--split-file", str(csv), "--workers", "1"]
+    prepare.main(flags)
+    assert (tmp_path / "out" / "attributes.png").is_file()
+    prepare.main([*flags, "--seed", "4", "--overwrite"])
+    assert json.loads((tmp_path / "out" / "dataset.json").read_text(encoding="utf-8"))["seed"] == 4
+
+
+@pytest.mark.parametrize("damage", ["change", "remove"])
+def test_a_finished_set_is_looked_at_before_it_is_called_finished(tmp_path, damage):
+    """The same command on a set of which one tile was changed or lost names the tile; --overwrite makes it whole."""
+    source, csv = layouts.official_zip(tmp_path), layouts.split_file(tmp_path)
+    rows = run(source, tmp_path / "out", "--split-file", csv)
+    tile = tmp_path / "out" / rows[3]["file_name"]
+    before = tile.read_bytes()
+    tile.unlink()
+    if damage == "change":
+        tile.write_bytes(before[:-1] + b"x")
+    with pytest.raises(ValueError, match=f"holds this data set, but {rows[3]['file_name']} is gone or changed: .* --overwrite"):
+        run(source, tmp_path / "out", "--split-file", csv)
+
+
+def test_overwrite_makes_a_damaged_set_whole(tmp_path):
+    """--overwrite with the same flags rebuilds a damaged set."""
+    source, csv = layouts.official_zip(tmp_path), layouts.split_file(tmp_path)
+    rows = run(source, tmp_path / "out", "--split-file", csv)
+    before = contents(tmp_path / "out")
+    (tmp_path / "out" / rows[0]["file_name"]).unlink()
+    run(source, tmp_path / "out", "--split-file", csv, "--overwrite")
+    assert contents(tmp_path / "out") == before
+
+
+def test_reasons_stand_before_the_refusal(tmp_path, capsys):
+    """What was read, passed over and left out is printed before "too few tiles" ends the run."""
+    folder = layouts.class_folders(tmp_path / "in")
+    (folder / "malignant" / "x.tif").write_bytes(b"x")
+    for path in sorted((folder / "malignant").glob("*.jpg"))[1:]:
+        path.rename(path.with_suffix(".tiff"))
+    with pytest.raises(ValueError, match="too few tiles to split"):
+        run(folder, tmp_path / "out", "--split", "image")
+    printed = capsys.readouterr().out
+    assert "17 tiles to read; passed over: 1 .tif (not read: save them as JPEG or PNG); 7 .tiff (not read" in printed
+    path = layouts.official_zip(tmp_path, metadata=True)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("ISIC_2024_Permissive_Training_Input/ISIC_9.jpg", layouts.jpeg(9))
+    with pytest.raises(ValueError, match="too few tiles to split"):
+        run(path, tmp_path / "out")
+    assert "1 tiles have no label and are left out (first: ISIC_9)" in capsys.readouterr().out
+
+
+def test_label_map_on_the_command_line(tmp_path, run_script):
+    """melanoma=malignant reads the folder melanoma and is recorded; what is no NAME=LABEL is refused in one line."""
+    folder = layouts.class_folders(tmp_path / "in")
+    (folder / "malignant").rename(folder / "melanoma")
+    flags = ["-m lesion", "prepare", "--source", folder, "--split-file", layouts.split_file(tmp_path), "--prompts", "fixed",
+             "--out", tmp_path / "out"]
+    bad = run_script(*flags)
+    assert bad.returncode == 2
+    assert "--label-map melanoma=malignant" in bad.stderr
+    done = run_script(*flags, "--label-map", "Melanoma=malignant", "x=skip")
+    assert done.returncode == 0, done.stderr
+    assert {row["isic_id"]: row["label"] for row in files.read_manifest(tmp_path / "out")} == LABELS
+    assert "melanoma" in json.loads((tmp_path / "out" / "dataset.json").read_text(encoding="utf-8"))["arguments"]["label_map"]
+    bad = run_script(*flags, "--label-map", "melanoma=bad")
+    assert bad.returncode == 2
+    assert "'melanoma=bad' is not NAME=benign, NAME=malignant or NAME=skip" in bad.stderr
+
+
+def test_odd_pictures_are_named(tmp_path, capsys):
+    """One pixel, five pixels and a strip are too small; four inks are kept and remarked on; 16 bits, frames, text are unreadable."""
+    folder = layouts.class_folders(tmp_path / "in")
+    paths = sorted(folder.rglob("*.jpg"))
+    for path, size in zip(paths, ((1, 1), (5, 5), (400, 3))):
+        Image.new("RGB", size, (200, 150, 120)).save(path, "PNG")
+    Image.new("CMYK", (40, 40), (20, 90, 90, 10)).save(paths[3], "JPEG")
+    paths[4].write_bytes(b"<html>404</html>")
+    rows = run(folder, tmp_path / "out", "--split-file", layouts.split_file(tmp_path))
+    printed = capsys.readouterr().out
+    assert {paths[k].stem for k in (0, 1, 2, 4)} == set(IDS) - {row["isic_id"] for row in rows}
+    record = json.loads((tmp_path / "out" / "dataset.json").read_text(encoding="utf-8"))
+    assert f"{paths[0].stem}: 1x1 pixels, expected at least 16 a side" in record["unreadable"]
+    assert f"{paths[2].stem}: 400x3 pixels, expected at least 16 a side" in record["unreadable"]
+    assert record["notes"][-1] == f"1 tiles are in four inks (CMYK): turned to RGB without a profile (first: {paths[3].stem})"
+    assert "4 tiles are unreadable and left out" in printed
+    assert record["notes"][-1] in printed
+
+
+@pytest.mark.parametrize(("row", "message"), [
+    ({"attributes": {"color": "violet"}}, f"images/{IDS[0]}.jpg: attribute 'color' has no value 'violet'"),
+    ({"attributes": {"colour": "red"}}, "no attribute 'colour'"), ({"text": 4}, "text is of type int, expected text")])
+def test_words_that_cannot_be_used_name_their_tile(tmp_path, row, message):
+    """Attributes outside the vocabulary and captions of the wrong type are refused with the tile's name."""
+    source = layouts.imagefolder(tmp_path / "in")
+    lines = (source / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    lines[0] = json.dumps({**json.loads(lines[0]), **row})
+    (source / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        run(source, tmp_path / "out", "--split-file", layouts.split_file(tmp_path))
+
+
 def test_the_command_line(tmp_path, run_script):
     """As a user runs it: exit 0 and the table; exit 2 and one line for a bad number and for a bad source."""
     source, csv = layouts.official_zip(tmp_path), layouts.split_file(tmp_path)

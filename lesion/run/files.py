@@ -14,7 +14,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 try:
     import fcntl
@@ -23,6 +23,10 @@ except ImportError:  # Windows
 
 MANIFEST = "metadata.jsonl"
 TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # as mkstemp names them in `atomic_path`
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+MISSING = {"", "na", "n/a", "nan", "null", "none", "<na>"}
+IDS = frozenset({"isic_id", "patient_id", "lesion_id"})
+TEXTS = frozenset({"text", "caption", "prompt", "split", "sha256"})
 
 
 @contextlib.contextmanager
@@ -108,12 +112,22 @@ def write_json(path: Path, value: object) -> None:
 def read_json(path: Path) -> dict:
     """The JSON object in a file; ValueError, naming the file, if it holds anything else."""
     try:
-        value = json.loads(Path(path).read_bytes())
+        value = parse_json(Path(path).read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is damaged: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def parse_json(data: bytes | str) -> object:
+    """The value of a JSON text; ValueError for anything else, nesting too deep and text too large for memory included."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except MemoryError:
+        raise ValueError("too large for this machine's memory") from None
 
 
 def append_jsonl(path: Path, *rows: dict) -> None:
@@ -132,7 +146,7 @@ def append_jsonl(path: Path, *rows: dict) -> None:
                 whole = file.read()
                 start = whole.rfind(b"\n") + 1
                 try:
-                    json.loads(whole[start:])
+                    parse_json(whole[start:])
                     data = b"\n" + data
                 except ValueError:
                     file.truncate(start)
@@ -141,22 +155,23 @@ def append_jsonl(path: Path, *rows: dict) -> None:
         os.fsync(file.fileno())
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """Rows of a JSON-lines file. A torn last line (a crash in mid-write) is dropped; any other bad line raises
-    ValueError with its number."""
+def read_jsonl(path: Path, whole: bool = False) -> list[dict]:
+    """Rows of a JSON-lines file. A torn last line (a crash in mid-write) is dropped, unless the file was to be `whole`; any
+    other bad line raises ValueError with its number."""
     rows = []
     lines = Path(path).read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
-            if number == len(lines):
+            if number == len(lines) and not whole:
                 break
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
+            raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}"
+                             + (": write one object a line, not one list" if isinstance(row, list) else ""))
         rows.append(row)
     return rows
 
@@ -166,25 +181,87 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
     write_bytes(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
+def is_missing(value: object) -> bool:
+    """Whether a value says that there is none: None, NaN, nothing, or NA, nan, null, none in any case."""
+    return value is None or value != value or (isinstance(value, str) and value.strip().lower() in MISSING)
+
+
+def plain_id(value: object) -> str | None:
+    """An identifier as text, None where missing: 7, 7.0 and "7.0" are all "7", as a column with a hole turns whole numbers
+    into floats."""
+    if is_missing(value):
+        return None
+    text = str(value).strip()
+    return text[:-2] if text.endswith(".0") and text[:-2].isdigit() else text
+
+
+def inside(name: object, place: str) -> str:
+    """A file name from a source as a relative path with forward slashes, without "./"; ValueError, naming `place`, for what is
+    no text, holds control characters, or leads out of its folder."""
+    if not isinstance(name, str) or is_missing(name):
+        raise ValueError(f"{place}: no `file_name`")
+    path = name.replace("\\", "/")
+    if path.startswith("/") or ".." in path.split("/") or re.match("[A-Za-z]:", path):
+        raise ValueError(f"{place}: {name!r} leads out of the data set")
+    if CONTROL.search(path):
+        raise ValueError(f"{place}: {name!r} holds a control character")
+    return PurePosixPath(path).as_posix()
+
+
+def within(path: Path, folder: Path) -> bool:
+    """Whether a path lies in `folder` once every link is followed."""
+    return os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), ""))
+
+
 def read_manifest(folder: Path) -> list[dict]:
-    """Rows of `folder`/metadata.jsonl; ValueError if absent, empty, without `file_name`, or with one listed twice."""
+    """Rows of `folder`/metadata.jsonl; ValueError if absent, empty, without `file_name`, or with one listed twice.
+
+    What is missing, however written (`is_missing`), is None; ids are text (`plain_id`). ValueError, too, names the row of a
+    value of the wrong type: a caption that is a number or a list, attributes that are no object.
+    """
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise ValueError(f"{folder} is not a prepared data set: it has no {MANIFEST} (see `python -m lesion prepare`)")
-    rows = read_jsonl(path)
+    rows = read_jsonl(path, whole=True)
     if not rows:
         raise ValueError(f"{path} is empty")
     seen = set()
     for number, row in enumerate(rows, 1):
-        name = row.get("file_name")
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"{path}, row {number}: no `file_name`")
-        if name.startswith(("/", "\\")) or ".." in Path(name).parts:
-            raise ValueError(f"{path}, row {number}: {name!r} leads out of the data set")
+        name = row["file_name"] = inside(row.get("file_name"), f"{path}, row {number}")
         if name in seen:
             raise ValueError(f"{path}, row {number}: {name!r} is listed twice")
         seen.add(name)
+        check_row(row, f"{path}, row {number}, {name}")
     return rows
+
+
+def check_row(row: dict, place: str) -> None:
+    """Put the known values of a manifest's row into their types: missing ones None, ids text. ValueError names `place`."""
+    for name in (*IDS, *TEXTS, "label", "attributes"):
+        if name in row and is_missing(row[name]):
+            row[name] = None
+    for name in row.keys() & IDS:
+        if not isinstance(row[name], str | int | float | None):
+            raise ValueError(f"{place}: {name} is of type {type(row[name]).__name__}, expected text or a number")
+        row[name] = plain_id(row[name])
+    for name in row.keys() & TEXTS:
+        check_text(row[name], f"{place}: {name}")
+    if not isinstance(row.get("label"), str | int | float | None):
+        raise ValueError(f"{place}: label is of type {type(row['label']).__name__}, expected text or a number")
+    if not isinstance(row.get("attributes"), dict | None):
+        raise ValueError(f"{place}: attributes is of type {type(row['attributes']).__name__}, expected an object of name: value")
+
+
+def check_text(value: object, place: str) -> str | None:
+    """`value` if it is text that UTF-8 can hold, or None; ValueError, naming `place`, otherwise."""
+    if value is not None and not isinstance(value, str):
+        hint = ": give one caption a tile" if isinstance(value, list) else ""
+        raise ValueError(f"{place} is of type {type(value).__name__}, expected text{hint}")
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{place} holds half of a surrogate pair: that is no text") from None
+    return value
 
 
 def write_manifest(folder: Path, rows: Iterable[dict]) -> None:

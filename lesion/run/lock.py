@@ -51,14 +51,14 @@ def owner(folder: Path, *, beside: bool = False, shared: bool = False, wanted: b
 
     beside: the lock is `.<name>.lock` in the folder's parent, for a command that replaces the folder. shared: any number of
     such owners, but none that is not. wanted: false does nothing, for the processes that write no file. An owner that is not
-    shared sweeps what killed ones left behind (files.sweep). A folder that is still empty at the end is removed again.
+    shared sweeps what killed ones left behind (files.sweep). A folder made here that is still empty at the end is removed again.
     """
     if not wanted:
         yield
         return
     folder = Path(folder).resolve()
     place = folder.parent if beside else folder
-    new = not place.exists()
+    new = [above for above in (place, *place.parents) if not above.exists()]
     path = place / (f".{folder.name}{NAME}" if beside else NAME)
     if shared and not (place.is_dir() and os.access(place, os.W_OK)):  # who only reads needs no lock to say what is wrong
         yield
@@ -80,9 +80,9 @@ def owner(folder: Path, *, beside: bool = False, shared: bool = False, wanted: b
             path.unlink()
         _open.discard(descriptor)
         os.close(descriptor)
-        if new:
-            with contextlib.suppress(OSError):  # not empty: good
-                place.rmdir()
+        with contextlib.suppress(OSError):  # not empty: good
+            for above in new:
+                above.rmdir()
 
 
 def _acquire(path: Path, folder: Path, shared: bool) -> int:

@@ -1,85 +1,149 @@
-"""Tiles in an archive on this machine: the official zip, or several, and Kaggle's hdf5 file, read in place.
+"""Tiles in an archive on this machine: the official zip, or several, Kaggle's zip and hdf5 file, read in place.
 
-Proven by tests/tiles/test_isic.py.
+What an archive says of itself is not believed: sizes are bounded before anything is unpacked, hdf5 links and external storage
+are refused. Proven by tests/tiles/test_isic.py and tests/tiles/test_hostile.py.
 """
-import io
 import os
 import re
 import zipfile
-import zlib
+from collections import Counter
 from pathlib import Path
 
-from lesion.tiles.source import Source, is_tile, origin_of
-from lesion.tiles.tables import Table
+from lesion.tiles.decode import TILE_BYTES
+from lesion.tiles.names import arrange, is_hidden
+from lesion.tiles.source import Source, origin_of, tile_id
+from lesion.tiles.tables import READ_ERRORS, TABLE_BYTES, Table
+
+RATIO = 200  # a table packs 5 to 10 times; what unpacks to more than this times its size is made to fill a memory
+DAMAGED = (*READ_ERRORS, KeyError, TypeError, AttributeError, IndexError, RecursionError, ValueError)
 
 
-def zip_members(archive: zipfile.ZipFile, name: str) -> dict[str, zipfile.ZipInfo]:
-    """Tiles of a zip by isic_id; ValueError if one id is there twice with different bytes."""
+def _open_zip(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except DAMAGED as error:
+        raise ValueError(f"{path} is not a readable zip file: {error or type(error).__name__}") from None
+
+
+def zip_names(archive: zipfile.ZipFile, top: str) -> dict[str, zipfile.ZipInfo]:
+    """The files of a zip: path with forward slashes (Windows zips have others) below `top`, the archive's own name.
+
+    ValueError for one path twice with different bytes.
+    """
     members = {}
     for member in archive.infolist():
-        if is_tile(member.filename):
-            isic_id = os.path.splitext(member.filename.rpartition("/")[2])[0]
-            if members.setdefault(isic_id, member).CRC != member.CRC:
-                raise ValueError(f"{name} holds {isic_id} twice with different bytes: {members[isic_id].filename}, "
-                                 f"{member.filename}")
+        name = member.filename.replace("\\", "/")
+        if not name.endswith("/") and members.setdefault(f"{top}/{name.lstrip('/')}", member).CRC != member.CRC:
+            raise ValueError(f"{top}.zip holds {name} twice with different bytes")
     return members
 
 
-def is_table(name: str) -> bool:
-    """Whether a path inside an archive is metadata.csv or a Supplement."""
-    return re.search(r"(^|/)(metadata|[^/.][^/]*Supplement[^/]*)\.csv$", name) is not None
+def zip_table(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Table:
+    """A csv table inside a zip; opening it raises ValueError where it would unpack to too much."""
+    def open_member():
+        check_table(member)
+        return archive.open(member)
+
+    return Table(member.filename, open_member)
 
 
-def zip_tables(archive: zipfile.ZipFile) -> list[Table]:
-    """metadata.csv and its like inside a zip."""
-    return [Table(n, lambda n=n: io.TextIOWrapper(archive.open(n), encoding="utf-8-sig", newline=""))
-            for n in filter(is_table, archive.namelist())]
+def check_table(member: zipfile.ZipInfo) -> None:
+    """ValueError for a table that would unpack to more than TABLE_BYTES, or RATIO times its packed size."""
+    if member.file_size > TABLE_BYTES or member.file_size > (1 << 24) and member.file_size > RATIO * member.compress_size:
+        raise ValueError(f"{member.filename} would unpack from {member.compress_size:,} to {member.file_size:,} bytes: that is no "
+                         "table of tiles")
 
 
-def zips(paths: list[Path]) -> Source:
-    """The tiles of zip files; ValueError if one is damaged, or an id is there twice with different bytes."""
-    where, tables, archives = {}, [], []
-    for number, path in enumerate(paths):
+def check_tile(member: zipfile.ZipInfo) -> None:
+    """ValueError for a tile that would unpack to more than TILE_BYTES."""
+    if member.file_size > TILE_BYTES:
+        raise ValueError(f"{member.filename} would unpack to {member.file_size:,} bytes: a tile has at most {TILE_BYTES >> 20} MiB")
+
+
+def tables_in(members: dict[str, zipfile.ZipInfo]) -> list[str]:
+    """The paths of csv tables in a zip, those of other parts (Kaggle's test part and sample) left out."""
+    return [name for name in members if name.lower().endswith(".csv") and not is_hidden(name)
+            and not re.match(r"test-|sample_submission", name.rpartition("/")[2], re.IGNORECASE)]
+
+
+def zips(paths: list[Path], label_map: dict[str, str] | None = None) -> Source:
+    """The tiles of zip files, and their tables; ValueError if one is damaged, or an id is there twice with different bytes."""
+    archives = [_open_zip(path) for path in paths]
+    members, number_of = {}, {}
+    for number, (path, archive) in enumerate(zip(paths, archives)):
+        for name, member in zip_names(archive, path.stem).items():
+            members[name], number_of[name] = member, number
+
+    def unpack(name):
+        check_tile(members[name])
         try:
-            archive = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, OSError) as error:
-            raise ValueError(f"{path} is not a readable zip file: {error}") from None
-        archives.append(archive)
-        for isic_id, member in zip_members(archive, path.name).items():
-            if where.setdefault(isic_id, (number, member))[1].CRC != member.CRC:
-                raise ValueError(f"{isic_id} differs between {paths[where[isic_id][0]].name} and {path.name}: "
-                                 "give one of the two as --source")
-        tables += zip_tables(archive)
+            return archives[number_of[name]].read(members[name])
+        except DAMAGED as error:
+            raise ValueError(f"{paths[number_of[name]].name}: {error or type(error).__name__}") from None
+
+    def same(a, b):
+        return (members[a].CRC, members[a].file_size) == (members[b].CRC, members[b].file_size)
+
+    found = arrange(members, unpack, label_map, same)
+    where = found.where
 
     def read(ids):
         for isic_id in ids:
-            number, member = where[isic_id]
             try:
-                yield isic_id, archives[number].read(member)
-            except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, EOFError) as error:
-                yield isic_id, ValueError(f"{paths[number].name}: {error}")
+                yield isic_id, unpack(where[isic_id])
+            except ValueError as error:
+                yield isic_id, error
 
-    return Source("zip", where, read, lambda i: [where[i][1].file_size, where[i][1].CRC],
-                  lambda i: origin_of(paths[where[i][0]].name), tables,
-                  suffix=lambda i: os.path.splitext(where[i][1].filename)[1].lower())
+    return Source("zip", where, read, lambda i: [members[where[i]].file_size, members[where[i]].CRC],
+                  lambda i: origin_of(paths[number_of[where[i]]].name),
+                  [zip_table(archives[number_of[name]], members[name]) for name in tables_in(members)], found.labels,
+                  given=found.given, suffix=lambda i: os.path.splitext(where[i])[1].lower(), notes=found.notes,
+                  skipped=found.skipped, unlabelled=found.unlabelled)
 
 
 def hdf5(path: Path) -> Source:
-    """The tiles of Kaggle's train-image.hdf5: one dataset of encoded bytes a tile, named by its isic_id."""
+    """The tiles of Kaggle's train-image.hdf5: one dataset of encoded bytes a tile, named by its isic_id.
+
+    A tile that is a link, stored outside the file, no bytes, or larger than TILE_BYTES is unreadable, and why is said.
+    """
     import h5py
     try:
         handle = h5py.File(path, "r")
-    except OSError as error:
-        raise ValueError(f"{path} is not a readable hdf5 file: {error}") from None
-    where, size = dict.fromkeys(handle.keys()), path.stat().st_size
+        names = list(handle.keys())
+    except DAMAGED as error:
+        raise ValueError(f"{path} is not a readable hdf5 file: {error or type(error).__name__}") from None
+    where, size = {tile_id(name, path.name): name for name in names if not is_hidden(name)}, path.stat().st_size
+
+    def dataset(name):
+        if not isinstance(handle.get(name, getlink=True), h5py.HardLink):
+            raise ValueError(f"{path.name}: {name} is a link: only tiles stored in the file itself are read")
+        tile = handle[name]
+        if not isinstance(tile, h5py.Dataset):
+            raise ValueError(f"{path.name}: {name} is a group, not a tile")
+        if tile.external or tile.is_virtual:
+            raise ValueError(f"{path.name}: {name} is stored in another file: only tiles stored in the file itself are read")
+        if tile.dtype.kind not in "VSu" or tile.dtype.kind == "u" and tile.dtype.itemsize > 1 or tile.ndim > 1:
+            raise ValueError(f"{path.name}: {name} is {tile.dtype} {list(tile.shape)}: the encoded bytes of a picture are expected")
+        if int(tile.dtype.itemsize) * int(tile.size) > TILE_BYTES:
+            raise ValueError(f"{path.name}: {name} has {int(tile.dtype.itemsize) * int(tile.size):,} bytes: a tile has at most "
+                             f"{TILE_BYTES >> 20} MiB")
+        return tile
 
     def read(ids):
         import numpy as np
         for isic_id in ids:
             try:
-                yield isic_id, np.asarray(handle[isic_id][()]).tobytes()
-            except (OSError, KeyError, RuntimeError) as error:
-                yield isic_id, ValueError(f"{path.name}: {error}")
+                yield isic_id, np.asarray(dataset(where[isic_id])[()]).tobytes()
+            except DAMAGED as error:
+                yield isic_id, error if type(error) is ValueError else ValueError(f"{path.name}: {error or type(error).__name__}")
 
-    return Source("hdf5 file", where, read, lambda i: [int(handle[i].dtype.itemsize) * int(handle[i].size), size],
-                  lambda i: origin_of(path.name))
+    def stamp(isic_id):
+        try:
+            tile = dataset(where[isic_id])
+            return [int(tile.dtype.itemsize) * int(tile.size), size]
+        except DAMAGED:
+            return [-1, size]
+
+    return Source("hdf5 file", where, read, stamp, lambda i: origin_of(path.name),
+                  skipped=Counter({"files of the system (._*, __MACOSX, .DS_Store ...)": hidden}
+                                  if (hidden := len(names) - len(where)) else {}))

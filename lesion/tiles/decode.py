@@ -9,15 +9,15 @@ A tile shows 15 mm of skin with the lesion in the middle. Everything here keeps 
 Pillow does not forgive truncated files here: such a tile is named as unreadable. Proven by tests/tiles/test_decode.py.
 """
 import io
-import json
 import os
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from lesion.run import files
 from lesion.tiles import colour
@@ -25,7 +25,14 @@ from lesion.tiles import colour
 VERSION = 1  # part of the cache key: raise it when a pixel of the result changes
 FIELD_MM = 15.0
 DARK = 20  # a border pixel's brightest channel is at most this (JPEG noise around 0)
+TILE_BYTES = 64 << 20  # encoded; the largest of ISIC's own challenges have under 20 MB
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # no other decoder is opened for a tile
+PIXELS = 50_000_000  # ISIC's largest have 24 million
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 MIDDLE_MM = 4.5  # median lesion 3 to 4 mm
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # PIXELS is lower, and an error
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\..*")  # of broken EXIF: `_orientation` goes on without
 
 
 @dataclass
@@ -37,20 +44,51 @@ class Tiles:
 
 
 def decode(data: bytes, square: bool = True) -> np.ndarray:
-    """A tile's bytes as uint8 RGB [H,W,3], EXIF orientation applied; by default its central square.
+    """A tile's bytes as uint8 RGB [H,W,3], EXIF orientation applied, what is transparent on white; by default its central square.
 
-    ValueError says why bytes are not a tile: no picture, truncated, 16 bits a channel.
+    ValueError says why bytes are not a tile: no JPEG, PNG, WebP or BMP, truncated, 16 bits a channel, several frames, more than
+    PIXELS.
     """
+    if data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:25] == b"\x10":
+        raise ValueError("16 bits a channel, expected 8 bits a channel")  # Pillow would drop half of them in silence
     try:
-        with Image.open(io.BytesIO(data)) as picture:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            if picture.width * picture.height > PIXELS:
+                raise ValueError(f"{picture.width}x{picture.height} pixels: a tile has at most {PIXELS:,}")
             if picture.mode in ("I", "F") or picture.mode.startswith("I;"):
                 raise ValueError(f"mode {picture.mode}, expected 8 bits a channel")
-            picture = ImageOps.exif_transpose(picture).convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "not a picture that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise ValueError(reason or type(error).__name__) from None
-    image = np.asarray(picture)
+            if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":  # a phone's: the first is the photograph
+                raise ValueError(f"{picture.n_frames} frames, expected one picture")
+            turn = _orientation(picture)
+            if picture.has_transparency_data:
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+            picture = picture.convert("RGB")
+            image = np.asarray(picture.transpose(turn) if turn is not None else picture)
+    except UnidentifiedImageError:
+        raise ValueError("not a picture: JPEG, PNG, WebP and BMP are read") from None
+    except Exception as error:  # what a decoder raises on hostile bytes has no list: struct.error, IndexError, MemoryError ...
+        raise ValueError(str(error) or type(error).__name__) from None
     return central_square(image) if square else image
+
+
+def _orientation(picture: Image.Image) -> Image.Transpose | None:
+    """The turn that EXIF asks for; None where it asks for none or cannot be read."""
+    try:
+        value = picture.getexif().get(0x0112)
+        return TURNS.get(value[0] if isinstance(value, tuple) else value)
+    except Exception:  # broken EXIF takes as many forms
+        return None
+
+
+def remark(data: bytes) -> str | None:
+    """What makes the colours of a readable tile doubtful: four inks, or a colour profile that is not sRGB's. Neither is applied."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+        profile = picture.info.get("icc_profile")
+        if picture.mode == "CMYK":
+            return "in four inks (CMYK): turned to RGB without a profile"
+        if isinstance(profile, bytes) and profile and b"sRGB" not in profile and b"s\0R\0G\0B" not in profile:
+            return "with a colour profile that is not sRGB: read as sRGB"
+    return None
 
 
 def central_square(image: np.ndarray) -> np.ndarray:
@@ -120,21 +158,34 @@ def tile(data: bytes, resolution: int, color_norm: str = "none", reference: dict
     return resize(colour.normalise(fill_borders(decode(data)), color_norm, reference), resolution)
 
 
+def read_tile(path: Path) -> bytes:
+    """A tile's bytes; ValueError where they are more than TILE_BYTES."""
+    with open(path, "rb") as file:
+        data = file.read(TILE_BYTES + 1)
+    if len(data) > TILE_BYTES:
+        raise ValueError(f"larger than {TILE_BYTES >> 20} MiB: no tile")
+    return data
+
+
 def recorded_norm(folder: Path) -> tuple[str, dict | None]:
     """(colour normalisation, its reference) recorded in `folder`/dataset.json; ("none", None) where there is no such
     file: synthetic tiles are drawn in the space of the set they were learnt from."""
     path = Path(folder) / "dataset.json"
     if not path.is_file():
         return "none", None
-    record = json.loads(path.read_text(encoding="utf-8"))
-    return colour.check(record.get("color_norm", "none")), record.get("color_norm_reference")
+    record = files.read_json(path)
+    reference = record.get("color_norm_reference")
+    if reference is not None:
+        colour.check_reference(reference, str(path))
+    return colour.check(record.get("color_norm", "none")), reference
 
 
 def load_tiles(folder: Path, rows: list[dict], resolution: int, progress: Callable | None = None) -> Tiles:
     """The tiles of `rows` (some of `folder`'s manifest) at resolution^2, under the set's recorded colour normalisation.
 
-    Cached in `folder`/.cache under the SHA-256 of what decides the pixels: file names, sizes and times, resolution,
-    colour normalisation, this module's VERSION. A cache that cannot be written (read-only folder) is done without.
+    Cached in `folder`/.cache under the SHA-256 of what decides the pixels: file names and their bytes' SHA-256, resolution,
+    colour normalisation, this module's VERSION; a cache whose own SHA-256 is not the recorded one is decoded again. One that
+    cannot be written (read-only folder) is done without.
     `progress` wraps the iterator of tiles, as `cli.progress` does. ValueError if `rows` is empty or none is readable.
     """
     folder = Path(folder)
@@ -142,27 +193,38 @@ def load_tiles(folder: Path, rows: list[dict], resolution: int, progress: Callab
         raise ValueError(f"{folder}: no tiles to load (no row matches)")
     norm = recorded_norm(folder)
     names = [row["file_name"] for row in rows]
-    key = files.sha256_json([names, [_stamp(folder / name) for name in names], resolution, norm, VERSION])[:16]
+    key = files.sha256_json([names, [_digest(folder / name) for name in names], resolution, norm, VERSION])[:16]
     cached, listing = folder / ".cache" / f"tiles-{key}.npy", folder / ".cache" / f"tiles-{key}.json"
-    if not (cached.is_file() and listing.is_file()):
-        images, problems = _decode_all(folder, names, resolution, norm, progress)
-        if len(problems) == len(rows):
-            raise ValueError(f"{folder}: none of the {len(rows)} tiles is readable ({names[0]}: {problems[0][1]})")
-        try:
-            with files.atomic_path(cached) as temporary, open(temporary, "wb") as file:
-                np.save(file, images)
-            files.write_json(listing, problems)
-        except OSError:
-            return _tiles(images, rows, problems)
-    return _tiles(np.load(cached, mmap_mode="r"), rows, json.loads(listing.read_text(encoding="utf-8")))
-
-
-def _stamp(path: Path) -> list[int]:
+    if (kept := _cached(cached, listing)) is not None:
+        return _tiles(kept[0], rows, kept[1])
+    images, problems = _decode_all(folder, names, resolution, norm, progress)
+    if len(problems) == len(rows):
+        raise ValueError(f"{folder}: none of the {len(rows)} tiles is readable ({names[0]}: {problems[0][1]})")
     try:
-        status = os.stat(path)
+        with files.atomic_path(cached) as temporary, open(temporary, "wb") as file:
+            np.save(file, images)
+        files.write_json(listing, {"sha256": files.sha256_file(cached), "unreadable": problems})
     except OSError:
-        return [-1, 0]
-    return [status.st_size, status.st_mtime_ns]
+        return _tiles(images, rows, problems)
+    return _tiles(np.load(cached, mmap_mode="r"), rows, problems)
+
+
+def _cached(cached: Path, listing: Path) -> tuple[np.ndarray, list] | None:
+    """(images, unreadable) of a cache that is whole: its bytes have the recorded SHA-256."""
+    try:
+        record = files.read_json(listing)
+        if record["sha256"] != files.sha256_file(cached):
+            return None
+        return np.load(cached, mmap_mode="r"), record["unreadable"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        return files.sha256_file(path)
+    except OSError:
+        return None
 
 
 def _tiles(images: np.ndarray, rows: list[dict], problems: list) -> Tiles:
@@ -177,7 +239,7 @@ def _decode_all(folder, names, resolution, norm, progress):
 
     def one(number):
         try:
-            images[number] = tile((folder / names[number]).read_bytes(), resolution, *norm)
+            images[number] = tile(read_tile(folder / names[number]), resolution, *norm)
         except (OSError, ValueError) as error:
             return number, getattr(error, "strerror", None) or str(error)
         return number, None

@@ -2,49 +2,63 @@
 
 Proven by tests/tiles/test_isic.py.
 """
-import json
 import os
-import re
 from pathlib import Path
 
 from lesion.run import files
-from lesion.tiles.source import LABEL_COLUMNS, Source, is_tile, origin_of
-from lesion.tiles.tables import SPLITS, columns, file_table, header_of, label_of, split_of
+from lesion.tiles.decode import read_tile
+from lesion.tiles.names import Names, arrange, is_hidden
+from lesion.tiles.source import Source, origin_of, tile_id
+from lesion.tiles.tables import CAPTION_COLUMNS, LABEL_COLUMNS, SPLITS, columns, file_table, header_of, label_of, split_of
 
-CLASS_FOLDER = re.compile(r"^(?:\d+_)?(benign|malignant)\b", re.IGNORECASE)  # kohya: "10_malignant lesion"
+
+def folder(folder: Path, label_map: dict[str, str] | None = None) -> Source:
+    """Loose tiles, however nested; labels and split by folder names where these say so, captions from files beside them."""
+    names, linked = walk(folder)
+    found = arrange(names, lambda name: _bytes(folder / name), label_map)
+    if linked:
+        found.skipped["links that lead out of the source"] += linked
+    return _from_paths("folder", folder, {i: str(folder / name) for i, name in found.where.items()}, found)
 
 
-def folder(folder: Path) -> Source:
-    """Loose tiles, however nested; labels and split by folder names where these say so, captions from sidecars."""
-    where, labels, given = {}, {}, {}
-    for place, folders, names in os.walk(folder):
+def walk(folder: Path) -> tuple[list[str], int]:
+    """(paths of the files below `folder` with forward slashes, in order; how many links lead out of it and are passed over).
+
+    ValueError for a folder that cannot be listed.
+    """
+    names, linked = [], 0
+
+    def stop(error):
+        raise ValueError(f"{error.filename} cannot be listed: {error.strerror}")
+
+    for place, folders, here in os.walk(folder, onerror=stop):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
-        inner = Path(place).relative_to(folder).parts
-        label = next((m.group(1).lower() for part in reversed(inner) if (m := CLASS_FOLDER.match(part))), None)
-        split = next((SPLITS[part.lower()] for part in inner if label and part.lower() in SPLITS), None)
-        sidecars = {n for n in names if n.endswith((".txt", ".caption"))}
-        for name in sorted(filter(is_tile, names)):
-            isic_id, path = os.path.splitext(name)[0], os.path.join(place, name)
-            if isic_id in where:
-                raise ValueError(f"{isic_id} is there twice: {where[isic_id]} and {path}")
-            where[isic_id] = path
-            extra = {"split": split} if split else {}
-            if sidecar := next((isic_id + end for end in (".txt", ".caption") if isic_id + end in sidecars), None):
-                extra["text"] = Path(place, sidecar).read_text(encoding="utf-8-sig").strip()
-            if label:
-                labels[isic_id] = label
-            if extra:
-                given[isic_id] = extra
-    return _from_paths("folder", folder, where, labels, given)
+        inner = os.path.relpath(place, folder).replace(os.sep, "/")
+        for name in sorted(here):
+            path = os.path.join(place, name)
+            if os.path.islink(path) and not files.within(path, folder):
+                linked += 1
+            else:
+                names.append(name if inner == "." else f"{inner}/{name}")
+        linked += sum(os.path.islink(os.path.join(place, f)) for f in folders)
+    return names, linked
 
 
-def _from_paths(layout: str, folder: Path, where: dict, labels: dict, given: dict) -> Source:
+def _bytes(path):
+    """A file's bytes; ValueError says why not."""
+    try:
+        return read_tile(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(getattr(error, "strerror", None) or str(error)) from None
+
+
+def _from_paths(layout: str, folder: Path, where: dict, found: Names) -> Source:
     def read(ids):
         for isic_id in ids:
             try:
-                yield isic_id, Path(where[isic_id]).read_bytes()
-            except OSError as error:
-                yield isic_id, ValueError(error.strerror or str(error))
+                yield isic_id, _bytes(where[isic_id])
+            except ValueError as error:
+                yield isic_id, error
 
     def stamp(isic_id):
         status = os.stat(where[isic_id])
@@ -55,8 +69,9 @@ def _from_paths(layout: str, folder: Path, where: dict, labels: dict, given: dic
         known = [origin_of(part) for part in (*parts, folder.resolve().name)]
         return next((o for o in known if o[1]), known[-1])
 
-    source = Source(layout, where, read, stamp, origin, labels=labels, given=given,
-                    suffix=lambda i: os.path.splitext(where[i])[1].lower())
+    source = Source(layout, where, read, stamp, origin, labels=found.labels, given=found.given,
+                    suffix=lambda i: os.path.splitext(where[i])[1].lower(), notes=found.notes, skipped=found.skipped,
+                    unlabelled=found.unlabelled)
     return source
 
 
@@ -71,42 +86,82 @@ def listings(folder: Path) -> list[Path]:
     return found
 
 
-def imagefolder(folder: Path, tables: list[Path]) -> Source:
-    """The tiles that the `listings` of a folder name, with labels and all that came with them."""
-    where, labels, given, missing = {}, {}, {}, []
+def imagefolder(folder: Path, tables: list[Path], label_map: dict[str, str] | None = None) -> Source:
+    """The tiles that the `listings` of a folder name, with labels and all that came with them.
+
+    ValueError for a row without a label or with a file outside the folder, and for captions beside the tiles that no row has.
+    """
+    where, found, listed = {}, Names(), set()
     for listing in tables:
-        rows = files.read_manifest(listing.parent) if listing.suffix == ".jsonl" else _csv_rows(listing)
+        rows, notes = (files.read_manifest(listing.parent), []) if listing.suffix == ".jsonl" else _csv_rows(listing)
+        found.notes += notes
         for number, row in enumerate(rows, 1):
             place = f"{listing.name}, row {number}"
             path = listing.parent / row.pop("file_name")
-            isic_id = str(row.pop("isic_id", None) or path.stem)
-            value = next((row.pop(name) for name in LABEL_COLUMNS if row.get(name) is not None), None)
+            listed.add(os.path.relpath(path, folder).replace(os.sep, "/"))
+            isic_id = tile_id(row.pop("isic_id", None) or path.stem, place)
+            value = next((row.pop(name) for name in LABEL_COLUMNS if not files.is_missing(row.get(name))), None)
             if value is None:
                 raise ValueError(f"{place}: no label: expected a column label, malignant or target")
-            if isic_id in where:
+            if isic_id in where or isic_id in found.labels:
                 raise ValueError(f"{place}: {isic_id} is listed twice")
             split = row.pop("split", None) or (listing.parent.name if listing.parent != folder else None)
-            labels[isic_id] = label_of(value, place)
-            if not path.is_file():
-                missing.append(isic_id)
+            label = label_of(value, place, label_map)
+            if label == "skip":
+                found.skipped["tiles whose label is mapped to skip"] += 1
                 continue
+            found.labels[isic_id] = label
+            if not path.is_file():
+                continue
+            if not files.within(path, listing.parent):
+                raise ValueError(f"{place}: {path.name} is a link that leads out of the data set: put the file itself there")
             where[isic_id] = str(path)
-            given[isic_id] = {**row, **({"split": split_of(split, place)} if split else {})}
-    source = _from_paths("imagefolder", folder, where, labels, given)
-    source.patients = {i: str(r["patient_id"]) for i, r in given.items() if r.get("patient_id") is not None}
-    source.lesions = {i: str(r["lesion_id"]) for i, r in given.items() if r.get("lesion_id") is not None}
+            caption = next((name for name in CAPTION_COLUMNS if row.get(name)), None)
+            if caption not in (None, "text"):
+                row["text"] = row.pop(caption)
+            found.given[isic_id] = {**row, **({"split": split_of(split, place)} if split else {})}
+    _unlisted(folder, listed, where, found)
+    source = _from_paths("imagefolder", folder, where, found)
+    source.patients = {i: r["patient_id"] for i, r in found.given.items() if r.get("patient_id") is not None}
+    source.lesions = {i: r["lesion_id"] for i, r in found.given.items() if r.get("lesion_id") is not None}
     return source
 
 
-def _csv_rows(path: Path) -> list[dict]:
+def _unlisted(folder, listed, where, found):
+    """Count what lies in an imagefolder and is not in its listing."""
+    names, linked = walk(folder)
+    beside = {os.path.relpath(path, folder).replace(os.sep, "/"): i for i, path in where.items()}
+    texts = [name for name in names if name.lower().endswith((".txt", ".caption")) and not is_hidden(name)]
+    stems = {os.path.splitext(name)[0]: i for name, i in beside.items()}
+    for text in texts:
+        isic_id = stems.get(os.path.splitext(text)[0]) or beside.get(os.path.splitext(text)[0])
+        if isic_id and not found.given[isic_id].get("text"):
+            raise ValueError(f"{text} is a caption that the listing does not have: give it there as text")
+    own = {"attributes.png"} if "dataset.json" in names else set()  # a prepared set's
+    rest = arrange([name for name in names if name not in {*listed, *texts, *own}], lambda name: b"", same=lambda a, b: True)
+    found.skipped.update(rest.skipped)
+    if rest.where:
+        found.skipped["tiles that are not listed"] += len(rest.where)
+    if linked:
+        found.skipped["links that lead out of the source"] += linked
+
+
+def _csv_rows(path: Path) -> tuple[list[dict], list[str]]:
     table = file_table(path)
     names = header_of(table)
-    rows = []
+    rows, seen = [], set()
     for line, values in columns(table, names, required="file_name"):
-        row = {name: value for name, value in zip(names, values) if value is not None}
-        if "file_name" not in row:
-            raise ValueError(f"{path.name}, line {line}: no file_name")
+        place = f"{path.name}, line {line}"
+        row = {name: value for name, value in zip(names, values) if value is not None and name}
+        row["file_name"] = files.inside(row.get("file_name"), place)
+        if row["file_name"] in seen:
+            raise ValueError(f"{place}: {row['file_name']!r} is listed twice")
+        seen.add(row["file_name"])
         if "attributes" in row:
-            row["attributes"] = json.loads(row["attributes"])
+            try:
+                row["attributes"] = files.parse_json(row["attributes"])
+            except ValueError as error:
+                raise ValueError(f"{place}: attributes is not JSON ({error})") from None
+        files.check_row(row, f"{place}, {row['file_name']}")
         rows.append(row)
-    return rows
+    return rows, table.notes

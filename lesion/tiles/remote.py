@@ -17,13 +17,23 @@ from concurrent.futures import ThreadPoolExecutor
 import requests
 from remotezip import PartialBuffer, RemoteFetcher, RemoteZip, RemoteZipError
 
-from lesion.tiles.archives import is_table, zip_members
+from lesion.tiles.archives import DAMAGED, check_table, check_tile, tables_in, zip_names
+from lesion.tiles.names import arrange
 from lesion.tiles.source import Source, label_table_of, origin_of
-from lesion.tiles.tables import Table, file_table
+from lesion.tiles.tables import TABLE_BYTES, Table
 
 TRIES = 8          # in a row without a single byte
 TIMEOUT = 10, 30   # seconds: to connect, between bytes
+GRACE_S, SLOWEST = 300, 8192  # a range may take so many seconds, and one more for each so many bytes
 LOCAL_HEADER = 30  # bytes before a member's name (APPNOTE.TXT 4.3.7)
+
+
+class Absent(ValueError):
+    """There is nothing at an address."""
+
+
+class Unreachable(ValueError):
+    """The network or the server fails: not one tile's fault."""
 
 
 class Remote:
@@ -31,7 +41,7 @@ class Remote:
 
     def __init__(self, url: str, pause_s: float = 0.5):
         self.url, self.pause_s, self.local = url, pause_s, threading.local()
-        self.size = self._size()
+        self.size = self._in_time(GRACE_S, self._size, self._session())
 
     def _session(self) -> requests.Session:
         if not hasattr(self.local, "session"):
@@ -39,13 +49,16 @@ class Remote:
             self.local.session.headers["Accept-Encoding"] = "identity"
         return self.local.session
 
-    def _size(self) -> int:
+    def _size(self, session) -> int:
         for attempt in range(TRIES):
             try:
                 first = {"Range": "bytes=0-0"}
-                with self._session().get(self.url, headers=first, stream=True, timeout=TIMEOUT) as answer:
+                with session.get(self.url, headers=first, stream=True, timeout=TIMEOUT) as answer:
                     self._check(answer)
-                    return int(answer.headers["Content-Range"].rpartition("/")[2])
+                    size = answer.headers["Content-Range"].rpartition("/")[2]
+                    if not size.isdigit():
+                        raise ValueError(f"{self.url}: the server does not say how large the file is: download it and give its path")
+                    return int(size)
             except requests.RequestException as error:
                 self._wait(attempt, error)
         raise AssertionError
@@ -53,18 +66,48 @@ class Remote:
     def read(self, start: int, end: int) -> bytes:
         """Bytes start..end, both included. A broken connection is taken up again where it broke.
 
-        Raises ValueError where the server does not serve ranges, or TRIES attempts in a row brought nothing.
+        Raises ValueError where the server does not serve ranges, TRIES attempts in a row brought nothing, or less than SLOWEST
+        bytes a second come after the first GRACE_S.
         """
+        if end - start > TABLE_BYTES:
+            raise ValueError(f"{self.url}: {end - start + 1:,} bytes at once: that is no archive of tiles")
+        limit = GRACE_S + (end - start) / SLOWEST
+        return self._in_time(limit, self._read, self._session(), start, end, time.monotonic() + limit)
+
+    def _in_time(self, limit_s: float, function, *arguments):
+        """What `function` returns or raises; Unreachable after `limit_s`. A server that sends a byte now and then holds a thread
+        of its own, not us."""
+        result = []
+
+        def run():
+            try:
+                result.append(function(*arguments))
+            except Exception as error:  # carried to the caller's thread
+                result.append(error)
+
+        worker = threading.Thread(target=run, daemon=True)
+        worker.start()
+        worker.join(limit_s)
+        if not result:
+            raise Unreachable(f"{self.url}: no whole answer within {limit_s:.0f} s: check the network; the same command goes on "
+                              "from here")
+        if isinstance(result[0], Exception):
+            raise result[0]
+        return result[0]
+
+    def _read(self, session, start, end, deadline) -> bytes:
         data, idle = bytearray(), 0
         while len(data) <= end - start:
             before = len(data)
             error = None
             try:
                 headers = {"Range": f"bytes={start + before}-{end}"}
-                with self._session().get(self.url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
-                    self._check(answer)
+                with session.get(self.url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
+                    self._check(answer, start + before)
                     for piece in answer.iter_content(4096):  # a break loses one piece at most
                         data += piece
+                        if len(data) > end - start or time.monotonic() > deadline:
+                            break
             except requests.RequestException as problem:
                 error = problem
             idle = 0 if len(data) > before else idle + 1
@@ -72,19 +115,22 @@ class Remote:
                 self._wait(idle, error)
         return bytes(data[:end - start + 1])
 
-    def _check(self, answer: requests.Response) -> None:
+    def _check(self, answer: requests.Response, start: int = 0) -> None:
         if answer.status_code >= 500 or answer.status_code == 429:
             raise requests.HTTPError(f"HTTP {answer.status_code}")  # may pass: tried again
+        if answer.status_code in (403, 404):  # the archive answers 403 for what is not there
+            raise Absent(f"{self.url}: HTTP {answer.status_code} {answer.reason}: check the address")
         if answer.status_code >= 400:
             raise ValueError(f"{self.url}: HTTP {answer.status_code} {answer.reason}: check the address")
         if answer.status_code != 206 or "Content-Range" not in answer.headers:
             raise ValueError(f"{self.url}: the server does not serve ranges: download the file and give its path")
+        if not answer.headers["Content-Range"].startswith(f"bytes {start}-"):
+            raise ValueError(f"{self.url}: asked for bytes from {start}, the server sent {answer.headers['Content-Range']!r}")
 
     def _wait(self, idle: int, error: Exception | None) -> None:
         if idle >= TRIES - 1:
-            raise ValueError(f"{self.url}: no answer after {TRIES} tries "
-                             f"({type(error).__name__ if error else 'closed early'}): check the network; the same command "
-                             "goes on from here") from None
+            raise Unreachable(f"{self.url}: no answer after {TRIES} tries ({type(error).__name__ if error else 'closed early'}): "
+                              "check the network; the same command goes on from here") from None
         time.sleep(self.pause_s * 2 ** min(idle, 4))
 
 
@@ -98,22 +144,38 @@ class _Fetcher(RemoteFetcher):
         return PartialBuffer(io.BytesIO(data), start, len(data), stream=False)
 
 
-def open_url(url: str, ground_truth: str | None, workers: int) -> tuple[Source, list[Table]]:
-    """The official archive at `url` and its label table, from beside it or `ground_truth` (a path or URL)."""
+def open_url(url: str, workers: int, label_map: dict[str, str] | None = None) -> Source:
+    """The zip at `url`: its tiles and the tables inside it; `workers` connections fetch tiles."""
     name = url.partition("?")[0].rpartition("/")[2]
     if not name.lower().endswith(".zip"):
         raise ValueError(f"--source {url}: the URL of a .zip is expected, as ISIC_2024_Permissive_Training_Input.zip's")
     remote = Remote(url)
     try:
         archive = RemoteZip(remote, fetcher=_Fetcher)
-    except (zipfile.BadZipFile, RemoteZipError) as error:
-        raise ValueError(f"{url} is not a readable zip file: {error}") from None
-    members = zip_members(archive, name)
-    starts = sorted([member.header_offset for member in archive.infolist()] + [archive.start_dir])
+    except (Absent, Unreachable):
+        raise
+    except (RemoteZipError, *DAMAGED) as error:
+        raise ValueError(f"{url} is not a readable zip file: {error or type(error).__name__}") from None
+    members = zip_names(archive, name.rpartition(".")[0])
+    starts = sorted({member.header_offset for member in archive.infolist()} | {archive.start_dir})
     ends = dict(zip(starts, starts[1:]))
 
-    def fetch(member):
-        raw = remote.read(member.header_offset, ends[member.header_offset] - 1)
+    def ranges(member, check):
+        check(member)
+        if member.header_offset not in ends:
+            raise ValueError(f"{name}: {member.filename} lies outside the archive")
+        return member.header_offset, ends[member.header_offset] - 1
+
+    def fetch(member, check=check_tile):
+        return member_bytes(remote.read(*ranges(member, check)), member)
+
+    def fetch_tile(isic_id):
+        member = members[where[isic_id]]
+        try:
+            place = ranges(member, check_tile)
+        except ValueError as error:
+            return error
+        raw = remote.read(*place)  # what fails here is the network's fault and ends the run
         try:
             return member_bytes(raw, member)
         except ValueError as error:
@@ -122,29 +184,32 @@ def open_url(url: str, ground_truth: str | None, workers: int) -> tuple[Source, 
     def read(ids) -> Iterator[tuple[str, bytes | ValueError]]:
         pool = ThreadPoolExecutor(max(workers, 8))
         try:
-            yield from zip(ids, pool.map(lambda i: fetch(members[i]), ids))
+            yield from zip(ids, pool.map(fetch_tile, ids))
         finally:
             pool.shutdown(cancel_futures=True)
 
-    tables = [_text(member.filename, lambda m=member: fetch(m)) for member in archive.infolist()
-              if is_table(member.filename)]
-    source = Source("zip at a URL", members, read, lambda i: [members[i].file_size, members[i].CRC],
-                    lambda i: origin_of(name), tables, remote=True,
-                    suffix=lambda i: os.path.splitext(members[i].filename)[1].lower())
-    labels = _labels(url, name, ground_truth)
-    source.tables = [labels, *_supplement(url, name), *tables]
-    return source, [labels]
+    def same(a, b):
+        return (members[a].CRC, members[a].file_size) == (members[b].CRC, members[b].file_size)
+
+    found = arrange(members, lambda path: fetch(members[path]), label_map, same)
+    where = found.where
+    tables = {path: _table(members[path].filename, lambda m=members[path]: fetch(m, check_table)) for path in tables_in(members)}
+    return Source("zip at a URL", where, read, lambda i: [members[where[i]].file_size, members[where[i]].CRC],
+                  lambda i: origin_of(name), list(tables.values()), found.labels, given=found.given, remote=True,
+                  suffix=lambda i: os.path.splitext(where[i])[1].lower(), notes=found.notes, skipped=found.skipped,
+                  unlabelled=found.unlabelled)
 
 
 def member_bytes(raw: bytes, member: zipfile.ZipInfo) -> bytes:
     """A zip member's bytes from its local header on; ValueError if damaged. Stored and deflated members."""
-    if raw[:4] != b"PK\x03\x04":
+    if raw[:4] != b"PK\x03\x04" or len(raw) < LOCAL_HEADER:
         raise ValueError(f"{member.filename}: no local header at byte {member.header_offset}")
     start = LOCAL_HEADER + sum(struct.unpack("<HH", raw[26:30]))  # lengths of the name and the extra field
     data = raw[start:start + member.compress_size]
     try:
         if member.compress_type == zipfile.ZIP_DEFLATED:
-            data = zlib.decompress(data, -15)
+            unpacker = zlib.decompressobj(-15)
+            data = unpacker.decompress(data, member.file_size + 1)  # no more than was said
         elif member.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"{member.filename}: compression {member.compress_type} is not read remotely")
     except zlib.error as error:
@@ -154,38 +219,36 @@ def member_bytes(raw: bytes, member: zipfile.ZipInfo) -> bytes:
     return data
 
 
-def _labels(url: str, name: str, ground_truth: str | None) -> Table:
-    if ground_truth and not str(ground_truth).startswith(("http://", "https://")):
-        return file_table(ground_truth, "--ground-truth")
-    address = ground_truth or url.replace(name, label_table_of(name))
-    return _text(address.rpartition("/")[2], _whole(address))
-
-
-def _supplement(url: str, name: str) -> list[Table]:
-    """The archive's Supplement table, where there is one."""
-    address = url.replace(name, label_table_of(name).replace("GroundTruth", "Supplement"))
-    try:
-        return [_text(address.rpartition("/")[2], _whole(address))]
-    except ValueError as error:
-        if "HTTP 404" in str(error) or "HTTP 403" in str(error):  # the archive answers 403 for what is not there
-            return []
-        raise
-
-
-def _whole(address: str) -> bytes:
+def table_at(address: str) -> Table:
+    """The csv table at a URL, fetched whole."""
     remote = Remote(address)
-    return remote.read(0, remote.size - 1)
+    if remote.size > TABLE_BYTES:
+        raise ValueError(f"{address} has {remote.size:,} bytes: that is no table of tiles")
+    data = remote.read(0, remote.size - 1)
+    return _table(address.partition("?")[0].rpartition("/")[2], lambda: data)
 
 
-def _text(name: str, data) -> Table:
-    """A table of bytes in memory, or of what a function fetches when it is first opened."""
-    kept = [] if callable(data) else [data]
+def tables_beside(url: str) -> tuple[list[Table], list[Table], str]:
+    """(label table, Supplement, what is absent) of the tables that go with an official archive's URL, each where there is one."""
+    name = url.partition("?")[0].rpartition("/")[2]
+    label = label_table_of(name)
+    found, absent = [], []
+    for other in (label, label.replace("GroundTruth", "Supplement")):
+        try:
+            found.append([table_at(url.replace(name, other))])
+        except Absent as error:
+            found.append([])
+            absent.append(str(error))
+    return found[0], found[1], "; ".join(absent)
 
-    def open_text():
+
+def _table(name, fetch):
+    """A table whose bytes a function fetches when it is first opened."""
+    kept = []
+
+    def open_bytes():
         if not kept:
-            kept.append(data())
-        if isinstance(kept[0], ValueError):
-            raise kept[0]
-        return io.TextIOWrapper(io.BytesIO(kept[0]), encoding="utf-8-sig", newline="")
+            kept.append(fetch())
+        return io.BytesIO(kept[0])
 
-    return Table(name, open_text)
+    return Table(name, open_bytes)

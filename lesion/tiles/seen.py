@@ -2,7 +2,6 @@
 
 Proven by tests/classify/test_arms.py.
 """
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,9 +37,23 @@ def files_seen(seen: list[dict], start: Path | None) -> list[dict] | None:
 def files_of_lora(lora: Path) -> list[dict] | None:
     """The tiles that a LoRA file of a run folder (or of its checkpoints/) has seen; None if the file stands elsewhere."""
     for folder in (lora.parent, lora.parent.parent):
-        if (folder / "train_files.json").is_file():
-            return json.loads((folder / "train_files.json").read_text(encoding="utf-8"))
+        path = folder / "train_files.json"
+        if path.is_file():
+            try:
+                return _checked(files.parse_json(path.read_bytes()))
+            except ValueError as error:
+                raise ValueError(f"{path} is damaged ({error}): it lists the tiles that the LoRA saw, one object each with file_name") \
+                    from None
     return None
+
+
+def _checked(tiles: object) -> list[dict]:
+    """A list of {file_name, sha256, patient_id} with known types; ValueError for anything else."""
+    if not isinstance(tiles, list) or not all(isinstance(tile, dict) and isinstance(tile.get("file_name"), str) for tile in tiles):
+        raise ValueError("not a list of tiles")
+    for tile in tiles:
+        files.check_row(tile, tile["file_name"])
+    return tiles
 
 
 def unit_of(row: dict) -> str:
@@ -92,9 +105,9 @@ def overlap(seen: list[dict], rows: list[dict], patients: bool = True) -> list[s
 def _loras(folder, rows):
     """(the LoRAs of provenance.json whose tiles are known, what is missing to trust the folder or None)."""
     try:
-        loras = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))["loras"]
+        loras = files.read_json(folder / "provenance.json")["loras"]
         known = {lora["sha256"] for lora in loras}
-        complete = [lora for lora in loras if all("file_name" in tile for tile in lora["train_files"] or [{}])]
+        complete = [lora for lora in loras if lora["train_files"] and _is_list(lora["train_files"])]
     except (OSError, ValueError, KeyError, TypeError):
         return [], f"{folder} has no readable provenance.json"
     if unknown := {sha for row in rows for sha in _listed(row.get("lora_sha256"))} - known:
@@ -102,6 +115,13 @@ def _loras(folder, rows):
     if len(complete) < len(loras):
         return complete, f"{folder}/provenance.json does not say which tiles a LoRA was trained on"
     return complete, None
+
+
+def _is_list(tiles):
+    try:
+        return bool(_checked(tiles))
+    except ValueError:
+        return False
 
 
 def values(rows: list[dict], key: str) -> set:

@@ -3,15 +3,18 @@
 Tables are read twice, for the few columns that decide the sample and then for the sampled tiles only: 400,000 rows of
 55 columns never stand in memory. Proven by tests/tiles/test_isic.py.
 """
-import os
 import re
+import shlex
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from lesion.tiles.tables import Table, columns, header_of, label_of, some, typed
+from lesion.run import files
+from lesion.tiles.tables import CAPTION_COLUMNS, DIAGNOSES, LABEL_COLUMNS, PICTURES, Table, columns, header_of, label_of, some, typed
 
-SUFFIXES = {".jpg", ".jpeg", ".png"}
-LABEL_COLUMNS = ("malignant", "target", "label")
+SUFFIXES = {"." + ending for ending in PICTURES}
+ID_BYTES = 200         # of a file name's 255: room for its ending and for a temporary name
 
 
 @dataclass
@@ -29,39 +32,97 @@ class Source:
     given: dict[str, dict] = field(default_factory=dict)  # what came with a tile: split, text, attributes ...
     suffix: Callable[[str], str] = lambda isic_id: ".jpg"
     notes: list[str] = field(default_factory=list)
+    skipped: Counter = field(default_factory=Counter)  # why files or rows were passed over -> how many
+    unlabelled: Counter = field(default_factory=Counter)  # folders that say no class -> their pictures
     remote: bool = False
 
+    def account(self) -> str:
+        """One line: how many tiles are read, how much was passed over and why."""
+        why = "; ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items()))
+        return f"{len(self.where)} tiles to read; passed over: {why or 'nothing'}"
 
-def read_labels(table: Table, source: Source) -> None:
-    """Put the labels of a table into `source`; ValueError names the line of one that is missing, wrong or twice."""
-    names = header_of(table)
+
+def tile_id(value: object, place: str) -> str:
+    """An identifier from a source, checked to be a file's name and never a path. The one rule for every reader.
+
+    Unicode's composed form (NFC). ValueError, naming `place`, for none, for separators of any system, a drive's colon, control
+    characters, a dot in front, or more than ID_BYTES.
+    """
+    name = files.plain_id(value)
+    if name is None:
+        raise ValueError(f"{place}: no isic_id")
+    name = unicodedata.normalize("NFC", files.check_text(name, f"{place}: isic_id"))
+    if re.search(r"[/\\:]", name) or name.startswith(".") or files.CONTROL.search(name):
+        raise ValueError(f"{place}: the id {name!r} is not allowed: an id names a file, so no / \\ : or control characters, and no "
+                         "dot in front")
+    if len(name.encode()) > ID_BYTES:
+        raise ValueError(f"{place}: the id {name[:40]!r}... is longer than {ID_BYTES} bytes")
+    return name
+
+
+def read_labels(table: Table, source: Source, label_map: dict[str, str] | None = None) -> None:
+    """Put the labels of a table into `source`: from a column of LABEL_COLUMNS, or one column a diagnosis (ISIC 2019).
+
+    `label_map`: word -> benign, malignant or skip. ValueError names the line of a label that is missing, wrong or twice.
+    """
+    names, label_map = header_of(table), label_map or {}
     present = [name for name in LABEL_COLUMNS if name in names]
-    if "isic_id" in names and not present:
+    classes = [] if present else [name for name in names if name.lower() in DIAGNOSES]
+    if "isic_id" in names and not present and len(classes) < 3:
         raise ValueError(f"{table.name} has no column malignant or target: it has {some(names)}")
-    seen = set()
-    for line, (isic_id, value) in columns(table, ["isic_id", *present[:1]], required="isic_id"):
+    wanted = present[:1] or classes
+    rule = {**DIAGNOSES, **label_map} if classes or wanted == ["dx"] else label_map
+    if classes or wanted == ["dx"]:
+        named = classes or [name.upper() for name in DIAGNOSES]
+        groups = {label: ", ".join(n for n in named if rule[n.lower()] == label) for label in ("malignant", "benign", "skip")}
+        source.notes.append(f"{table.name}: " + "; ".join(f"{label} are {group}" for label, group in groups.items() if group)
+                            + " (--label-map NAME=LABEL changes it)")
+    seen = {}
+    for line, (isic_id, *values) in columns(table, ["isic_id", *wanted], required="isic_id"):
         place = f"{table.name}, line {line}"
         if isic_id is None:
             raise ValueError(f"{place}: no isic_id")
-        if isic_id in seen:
-            raise ValueError(f"{place}: {isic_id} is listed twice")
-        seen.add(isic_id)
-        label = label_of(value, f"{place}, {isic_id}")
+        if classes:
+            chosen = [name for name, value in zip(classes, values) if _share(value, place) >= 0.5]
+            if len(chosen) != 1:
+                raise ValueError(f"{place}, {isic_id}: {len(chosen)} of the columns {', '.join(classes)} are 1, expected one")
+            label = rule[chosen[0].lower()]
+        elif values[0] is None and wanted[0] not in ("malignant", "target", "label"):
+            label = "skip"  # isic-cli leaves the column empty for pictures without a diagnosis
+        else:
+            label = label_of(values[0], f"{place}, {isic_id}", rule)
+        if seen.setdefault(isic_id, label) != label:
+            raise ValueError(f"{place}: {isic_id} is listed twice, as {seen[isic_id]} and as {label}")
+        if label == "skip":
+            if source.where.pop(isic_id, None) is not None:
+                source.skipped["tiles whose label is none or mapped to skip"] += 1
+            continue
         if source.labels.setdefault(isic_id, label) != label:
             raise ValueError(f"{place}: {isic_id} is {label} here and {source.labels[isic_id]} elsewhere in the source")
 
 
+def _share(value, place):
+    try:
+        return float(value or 0)
+    except ValueError:
+        raise ValueError(f"{place}: {value!r} is not a number") from None
+
+
 def read_groups(table: Table, source: Source) -> None:
-    """Patients and lesions of a table; the first table that names one wins. Equal values share their memory."""
+    """Patients, lesions and captions of a table; the first table that names one wins. Equal values share their memory."""
     names = header_of(table)
-    if "isic_id" not in names or not {"patient_id", "lesion_id"} & set(names):
+    caption = next((name for name in CAPTION_COLUMNS if name in names), "")
+    if "isic_id" not in names or not {"patient_id", "lesion_id", caption} & set(names):
         return
     shared = {}
-    for _, (isic_id, patient, lesion) in columns(table, ["isic_id", "patient_id", "lesion_id"], only=source.where):
+    wanted = ["isic_id", "patient_id", "lesion_id", caption]
+    for _, (isic_id, patient, lesion, text) in columns(table, wanted, only=source.where):
         if patient:
             source.patients.setdefault(isic_id, shared.setdefault(patient, patient))
         if lesion:
             source.lesions.setdefault(isic_id, shared.setdefault(lesion, lesion))
+        if text and caption:
+            source.given.setdefault(isic_id, {}).setdefault("text", text)
 
 
 def metadata(source: Source, ids: Iterable[str]) -> dict[str, dict]:
@@ -72,7 +133,7 @@ def metadata(source: Source, ids: Iterable[str]) -> dict[str, dict]:
         if "isic_id" in names:
             for _, (isic_id, *values) in columns(table, ["isic_id", *names], only=wanted):
                 for name, value in zip(names, values):
-                    if value is not None and name != "isic_id":
+                    if value is not None and name not in ("isic_id", "", *CAPTION_COLUMNS):
                         wanted[isic_id].setdefault(name, typed(name, value))
     return wanted
 
@@ -80,8 +141,13 @@ def metadata(source: Source, ids: Iterable[str]) -> dict[str, dict]:
 def matched(source: Source) -> Source:
     """Only tiles that have a label, in order of isic_id; what was left out is noted."""
     if not source.where:
-        raise ValueError(f"no tiles (.jpg, .jpeg, .png) found in this {source.layout}")
+        found = f": it holds {source.skipped.total()} other files, {source.account().partition('; ')[2]}" if source.skipped else ""
+        raise ValueError(f"no tiles ({', '.join(sorted(SUFFIXES))}) found in this {source.layout}{found}")
     unlabelled, absent = source.where.keys() - source.labels.keys(), source.labels.keys() - source.where.keys()
+    if source.unlabelled and unlabelled and not source.tables:
+        folder, count = source.unlabelled.most_common(1)[0]
+        raise ValueError(f"the folder {folder!r} ({count} pictures) is neither benign nor malignant: say what its tiles are with "
+                         f"--label-map {shlex.quote(folder + '=malignant')} (or =benign, or =skip)")
     if len(unlabelled) == len(source.where):
         raise ValueError(f"none of the {len(source.where)} tiles has a label: is the label table of another release? "
                          f"(tile {min(source.where)}, label for {min(source.labels, default='none')})")
@@ -97,7 +163,7 @@ def origin_of(name: str) -> tuple[str, str | None]:
     """(data set, licence) by an archive's or folder's name: the Permissive release is CC-BY, the full one CC-BY-NC."""
     if "permissive" in name.lower():
         return "ISIC 2024 Permissive", "CC-BY"
-    if re.search(r"isic_2024|train-image|train-metadata", name, re.IGNORECASE):
+    if re.search(r"isic[_-]2024|train-image|train-metadata", name, re.IGNORECASE):
         return "ISIC 2024", "CC-BY-NC"
     return name, None
 
@@ -105,9 +171,3 @@ def origin_of(name: str) -> tuple[str, str | None]:
 def label_table_of(name: str) -> str:
     """The label table's name that goes with an official archive's (..._Input.zip -> ..._GroundTruth.csv)."""
     return re.sub(r"(_Input)?\.zip$", "_GroundTruth.csv", name)
-
-
-def is_tile(name: str) -> bool:
-    """Whether a path inside an archive or folder is a tile (macOS leaves ._ twins behind)."""
-    base = name.rpartition("/")[2]
-    return os.path.splitext(base)[1].lower() in SUFFIXES and not base.startswith(".")

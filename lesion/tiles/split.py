@@ -21,9 +21,14 @@ def by_file(table: Table) -> tuple[dict[str, str], dict[str, str]]:
     """(isic_id -> split, isic_id -> patient_id where the table has that column) of a csv with isic_id and split."""
     split, patients = {}, {}
     for line, (isic_id, part, patient) in columns(table, ["isic_id", "split", "patient_id"], required="isic_id"):
-        if isic_id in split:
-            raise ValueError(f"{table.name}, line {line}: {isic_id} is listed twice")
-        split[isic_id] = split_of(part, f"{table.name}, line {line}, {isic_id}")
+        place = f"{table.name}, line {line}"
+        if isic_id is None:
+            raise ValueError(f"{place}: no isic_id")
+        part = split_of(part, f"{place}, {isic_id}")
+        if split.setdefault(isic_id, part) != part:
+            raise ValueError(f"{place}: {isic_id} is listed twice, in {split[isic_id]} and in {part}")
+        if patient and patients.get(isic_id, patient) != patient:
+            raise ValueError(f"{place}: {isic_id} is listed twice, with patients {patients[isic_id]} and {patient}")
         if patient:
             patients[isic_id] = patient
     return split, patients

@@ -1,65 +1,193 @@
 """csv tables of tiles, read row by row: 400,000 rows of 55 columns never stand in memory. Labels and numbers in them.
 
-Proven by tests/tiles/test_isic.py.
+Tables come as people save them: UTF-8, UTF-16 or Latin-1, with commas, semicolons, tabs or bars; what was found is said in
+`Table.notes`. Proven by tests/tiles/test_tables.py.
 """
+import codecs
+import contextlib
 import csv
 import io
+import lzma
+import re
+import struct
+import unicodedata
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
-LABELS = {"0": "benign", "0.0": "benign", "benign": "benign",
-          "1": "malignant", "1.0": "malignant", "malignant": "malignant"}
+from lesion.run.files import is_missing, plain_id
+
+READ_ERRORS = (OSError, EOFError, RuntimeError, UnicodeError, MemoryError, OverflowError, csv.Error, struct.error, zipfile.BadZipFile,
+               zlib.error, lzma.LZMAError)  # of a damaged or hostile archive or table; NotImplementedError is a RuntimeError
+LABELS = {"0": "benign", "benign": "benign", "false": "benign",
+          "1": "malignant", "malignant": "malignant", "malign": "malignant", "true": "malignant"}
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-MISSING = {"", "na", "nan", "null", "none"}
+ID_COLUMNS = ("isic_id", "image_name", "image_id", "image", "filename", "id")  # ISIC 2024, 2020, HAM10000, 2019, others
+LABEL_COLUMNS = ("malignant", "target", "label", "benign_malignant", "diagnosis_1", "dx")
+CAPTION_COLUMNS = ("text", "caption", "prompt")
+KNOWN = {*ID_COLUMNS, *LABEL_COLUMNS, *CAPTION_COLUMNS, "patient_id", "lesion_id", "split", "file_name", "attributes"}
+DIAGNOSES = {"mel": "malignant", "bcc": "malignant", "scc": "malignant", "akiec": "malignant", "nv": "benign", "ak": "benign",
+             "bkl": "benign", "df": "benign", "vasc": "benign", "unk": "skip"}  # ISIC 2018 to 2019, HAM10000
+PICTURES = ("jpg", "jpeg", "png", "webp", "bmp")
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+TABLE_BYTES = 2 << 30  # Kaggle's, the largest known, has 246 MB
+LINE = 1 << 20         # characters
 
 
 @dataclass
 class Table:
-    """A csv table: its name for messages, and how to open it as text."""
+    """A csv table: its name for messages, how to open its bytes, and what is unusual about it, once it was opened."""
     name: str
-    open: Callable[[], io.TextIOBase]
+    open: Callable[[], BinaryIO]
+    notes: list[str] = field(default_factory=list)
+    form: tuple[str, str, int] | None = None  # encoding, delimiter, lines before the header
+
+    def say(self, note: str) -> None:
+        """Add a note once."""
+        if note not in self.notes:
+            self.notes.append(note)
 
 
 def file_table(path: str | Path, flag: str = "") -> Table:
-    """The csv file at `path`; ValueError naming `flag` if there is none."""
+    """The csv file at `path`; ValueError naming `flag` if there is none, or one too large to be a table."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{flag} {path} does not exist")
-    return Table(path.name, lambda: open(path, encoding="utf-8-sig", newline=""))
+    if path.stat().st_size > TABLE_BYTES:
+        raise ValueError(f"{flag} {path} is larger than {TABLE_BYTES >> 30} GiB: that is no table of tiles")
+    return Table(path.name, lambda: open(path, "rb"))
 
 
 def columns(table: Table, wanted: Iterable[str], required: str | None = None,
             only: dict | None = None) -> Iterator[tuple[int, list[str | None]]]:
     """(line number, values of `wanted` in order; None where missing, empty or NA) of each row of a csv table.
 
-    `only`: rows whose first wanted value is in it. ValueError without the column `required` or on a ragged row.
+    `only`: rows whose first wanted value is in it. Column names of `KNOWN` are found in any case, ids without a picture's
+    ending. Empty rows are passed over, cells missing at a row's end are empty. ValueError without the column `required`, or
+    where a row has more cells than the header.
     """
-    with table.open() as text:
-        try:
-            reader = csv.reader(text)
-            header = [name.strip() for name in next(reader, [])]
-            if required and required not in header:
-                raise ValueError(f"{table.name} has no column {required}: it has {some(header)}")
-            places = [header.index(name) if name in header else None for name in wanted]
-            for row in reader:
-                if row and len(row) != len(header):
-                    raise ValueError(f"{table.name}, line {reader.line_num}: {len(row)} columns, the header has "
-                                     f"{len(header)}")
-                if row and (only is None or row[places[0]].strip() in only):
-                    yield reader.line_num, [None if i is None or row[i].strip().lower() in MISSING else row[i].strip()
-                                            for i in places]
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{table.name} is not a readable csv file: {error}") from None
+    with _reader(table) as (reader, header, decimal_comma):
+        if required and required not in header:
+            raise ValueError(f"{table.name} has no column {required}: it has {some(header)}")
+        places = [(header.index(name), name.endswith("_id")) if name in header else (None, False) for name in wanted]
+        first = places[0][0]
+        for row in reader:
+            if len(row) > len(header) and not any(cell.strip() for cell in row[len(header):]):
+                row = row[:len(header)]
+            if len(row) > len(header):
+                raise ValueError(f"{table.name}, line {reader.line_num}: {len(row)} columns, the header has {len(header)}")
+            if not any(cell.strip() for cell in row):
+                continue
+            if len(row) < len(header):
+                table.say(f"{table.name} has rows with fewer cells than its header: the missing ones count as empty")
+                row += [""] * (len(header) - len(row))
+            if only is None or bare_id(row[first]) in only:
+                yield reader.line_num, [None if i is None else _value(row[i], is_id, decimal_comma) for i, is_id in places]
 
 
 def header_of(table: Table) -> list[str]:
-    """Column names of a csv table."""
-    with table.open() as text:
-        try:
-            return [name.strip() for name in next(csv.reader(text), [])]
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{table.name} is not a readable csv file: {error}") from None
+    """Column names of a csv table, those of `KNOWN` in small letters; the column of ids is called isic_id."""
+    with _reader(table) as (_, header, _):
+        return header
+
+
+def _value(cell, is_id, decimal_comma):
+    cell = cell.strip()
+    if is_missing(cell):
+        return None
+    if is_id:
+        return plain_id(bare_id(cell))
+    if decimal_comma and re.fullmatch(r"-?\d+,\d+", cell):
+        return cell.replace(",", ".")
+    return cell
+
+
+def bare_id(cell: str) -> str:
+    """An id as tables write it, without spaces around and a picture's ending, in Unicode's composed form (NFC)."""
+    cell = cell.strip()
+    stem, dot, ending = cell.rpartition(".")
+    cell = stem if dot and ending.lower() in PICTURES else cell
+    return cell if cell.isascii() else unicodedata.normalize("NFC", cell)
+
+
+@contextlib.contextmanager
+def _reader(table):
+    """(csv reader behind the header, header, whether numbers have a decimal comma)."""
+    try:
+        encoding, delimiter, before = _form(table)
+        with table.open() as raw, io.TextIOWrapper(raw, encoding=encoding, newline="") as text:
+            for _ in range(before):
+                text.readline(LINE)
+            reader = csv.reader(_lines(text, table.name), delimiter=delimiter)
+            yield reader, _header(next(reader, [])), delimiter == ";"
+    except READ_ERRORS as error:
+        raise ValueError(f"{table.name} is not a readable csv file: {error or type(error).__name__}") from None
+
+
+def _lines(text, name):
+    while line := text.readline(LINE):
+        if len(line) >= LINE:
+            raise ValueError(f"{name} is not a readable csv file: a line of over {LINE:,} characters")
+        yield line
+
+
+def _header(cells):
+    names = [name.strip().lstrip("\ufeff") for name in cells]
+    names = [name.lower() if name.lower() in KNOWN else name for name in names]
+    if "isic_id" not in names and "file_name" not in names:
+        for alias in ID_COLUMNS:
+            if alias in names:
+                names[names.index(alias)] = "isic_id"
+                break
+    return names
+
+
+def _form(table):
+    """(encoding, delimiter, lines before the header) of a table, found once; the unusual is noted."""
+    if table.form is None:
+        with table.open() as raw:
+            start = raw.read(LINE)
+            if start[:4] in (b"PK\3\4", b"\xd0\xcf\x11\xe0"):
+                raise ValueError(f"{table.name} is a spreadsheet, not a csv file: save it as CSV")
+            encoding = _encoding(start, raw)
+        lines = start.decode(encoding, errors="replace").lstrip("\ufeff").splitlines() or [""]
+        hint = re.fullmatch(r'"?sep=(.)"?', lines[0].strip(" \r\n"))
+        first = lines[1] if hint and len(lines) > 1 else lines[0]
+        delimiter = max(DELIMITERS, key=lambda sign: _fit(first, sign))
+        if encoding not in ("utf-8", "utf-8-sig"):
+            table.say(f"{table.name} is not UTF-8: read as {'UTF-16' if encoding.startswith('utf') else 'Latin-1 (Windows-1252)'}")
+        if delimiter != ",":
+            table.say(f"{table.name} is separated by {DELIMITERS[delimiter]}")
+        table.form = encoding, delimiter, int(bool(hint))
+    return table.form
+
+
+def _encoding(start, raw):
+    if start.startswith(codecs.BOM_UTF8):
+        return "utf-8-sig"
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    if b"\0" in start[:4]:
+        return "utf-16-be" if start[:1] == b"\0" else "utf-16-le"
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        piece = start
+        while piece:
+            decoder.decode(piece)
+            piece = raw.read(LINE)
+        decoder.decode(b"", final=True)
+        return "utf-8"
+    except UnicodeDecodeError:
+        return "cp1252" if not set(start) & {0x81, 0x8D, 0x8F, 0x90, 0x9D} else "latin-1"
+
+
+def _fit(line, sign):
+    """How well a delimiter splits a header: known columns first, then columns; a comma where all are equal."""
+    cells = next(csv.reader([line], delimiter=sign), [])
+    return sum(name.strip().lower() in KNOWN for name in cells), len(cells), sign == ","
 
 
 def some(names: list[str]) -> str:
@@ -67,14 +195,21 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "") if names else "no columns"
 
 
-def label_of(value: object, place: str) -> str:
-    """"benign" or "malignant" from 0 or 1, however written, or the word; ValueError names the place otherwise."""
-    if isinstance(value, bool | int | float):
-        value = float(value)
-    label = LABELS.get(str(value).strip().lower())
-    if label is None:
-        raise ValueError(f"{place}: label {value!r} is not allowed: use 0 or benign, 1 or malignant")
-    return label
+def label_of(value: object, place: str, label_map: dict[str, str] | None = None) -> str:
+    """"benign" or "malignant" from 0 or 1, however written, or the word; `label_map` (small letters) goes before and may say
+    "skip". ValueError names the place otherwise."""
+    word = str(value).strip().lower()
+    if label_map and word in label_map:
+        return label_map[word]
+    try:
+        number = float(word)
+        word = str(int(number)) if number in (0, 1) else word
+    except ValueError:
+        pass
+    if word not in LABELS:
+        hint = f", or say what it means with --label-map {word}=malignant" if re.search("[a-z]", word) and value is not None else ""
+        raise ValueError(f"{place}: label {value!r} is not allowed: use 0 or benign, 1 or malignant{hint}")
+    return LABELS[word]
 
 
 def split_of(value: object, place: str) -> str:

@@ -23,7 +23,7 @@ STATE = "checkpoint.safetensors"
 @dataclass
 class Progress:
     """How far a run is: steps done, steps void by an fp16 overflow in all, and those in a row up to now."""
-    done: int = 0
+    step: int = 0
     skipped: int = 0
     in_a_row: int = 0
 
@@ -32,13 +32,13 @@ def save_checkpoint(folder: Path, recipe: Recipe, record: dict, networks: dict[s
                     scaler: torch.amp.GradScaler, at: Progress) -> None:
     """The run's state (the last one stays as its predecessor), the LoRA of this step, and at the last step
     RUN/lora.safetensors; each written atomically. ValueError, and nothing written, at the end of a run that never learnt."""
-    if at.done == recipe.steps == at.skipped:
-        raise ValueError(f"all {at.done} steps overflowed in fp16: nothing was learnt, no LoRA is written; use --precision bf16 or fp32")
+    if at.step == recipe.steps == at.skipped:
+        raise ValueError(f"all {at.step} steps overflowed in fp16: nothing was learnt, no LoRA is written; use --precision bf16 or fp32")
     factors = layers.all_factors(networks)
     lora = {f"{name}.{kind}": getattr(part, kind) for name, part in factors.items() for kind in ("down", "up")}
     save_state(folder / STATE, grouped(lora=lora, optimizer=optimizer_tensors(optimizer)), {
         **vars(at), "scaler": scaler.state_dict(), "alpha": {name: part.alpha for name, part in factors.items()}}, keep_last=True)
-    write_loras(folder, recipe, record, networks, at.done)
+    write_loras(folder, recipe, record, networks, at.step)
 
 
 def lora_of_step(folder: Path, done: int) -> Path:

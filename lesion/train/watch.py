@@ -146,9 +146,10 @@ class Log:
     def step(self, done: int, error: Tensor, timesteps: Tensor, tile: np.ndarray, grad_norm: Tensor, lr: float, skipped: int) -> None:
         self.waiting.append((done, error, timesteps, tile, grad_norm, lr, skipped))
 
-    def check(self, world: int) -> None:
-        """In every process at the same step: ValueError at the first loss that is not finite, with its tiles; in the other
-        processes too, so that none waits for one that has left."""
+    def flush(self, world: int = 1) -> str:
+        """Write what waits, in the process that writes; a line for the progress bar. All `world` processes call it at the same
+        step. ValueError at the first loss that is not finite, with its tiles; in the other processes too, so that none waits for
+        one that has left."""
         own = ""
         for done, error, timesteps, tile, *_ in self.waiting:
             bad = (~error.isfinite()).nonzero()[:, 0].tolist()
@@ -160,9 +161,6 @@ class Log:
             raise ValueError(own or f"step {self.waiting[-1][0]}: loss is not finite in another process, which names the tiles")
         if not self.writes:
             self.waiting = []
-
-    def flush(self) -> str:
-        """Write what waits, which `check` has passed; a line for the progress bar."""
         rows = []
         for done, error, timesteps, _, grad_norm, lr, skipped in self.waiting:
             error = error.cpu().double()

@@ -26,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
-from world import Command, build, calm, commands  # noqa: E402
+from world import Command, build, calm, commands, preload  # noqa: E402
 
 ATTACKS = ("kills", "renames", "two", "full", "flips")
 VOLATILE = {"timing.jsonl", "SHA256SUMS"}  # times; and the hashes, which hold those of timing.jsonl
@@ -43,11 +43,14 @@ class World:
             build(folder)
             self.every = commands(folder)
             self.run(self.every["train"], folder / "first")
+            self.run(self.every["prepare"], folder / "older")
             shutil.copy(folder / "first" / "lora.safetensors", folder / "lora.safetensors")
+        (folder / "out").mkdir(exist_ok=True)
+        preload()
         self.every = commands(folder)
         self.undisturbed: dict[str, tuple[dict, float]] = {}
 
-    def start(self, command: Command, out: Path, again: bool = False, kill: tuple[int, bool] | None = None) -> int:
+    def start(self, command: Command, out: Path, again: bool = False, kill: tuple[int | str, bool] | None = None) -> int:
         """Fork a run; its process id. kill: (number of the rename, whether after it). What it prints goes to `out`'s name + .log."""
         process = os.fork()
         if process:
@@ -81,8 +84,11 @@ class World:
         return wait(self.start(command, out, **how))
 
     def fresh(self, command: Command, out: Path) -> None:
-        for left in out.parent.glob(f"*{out.name}*"):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        for left in (out, Path(f"{out}.log"), *out.parent.glob(f".{out.name}.*")):
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink(missing_ok=True)
         command.prepare(out)
 
     def expected(self, command: Command) -> tuple[dict, float]:
@@ -115,14 +121,17 @@ class World:
         return f"left {left}" if left else ""
 
 
-def count_renames(number: int, after: bool) -> None:
-    """SIGKILL this process at its rename `number` (from 1), before or after it is done."""
+def count_renames(number: int | str, after: bool) -> None:
+    """SIGKILL this process at its rename `number` (from 1), or at the second to a name that ends so, before or after it is done."""
     from lesion.run import folders
-    count = 0
+    count, ending = 0, number if isinstance(number, str) else ""
+    number = 2 if ending else number
 
     def counted(real):
         def rename(*arguments, **more):
             nonlocal count
+            if not str(arguments[1]).endswith(ending):
+                return real(*arguments, **more)
             count += 1
             if count == number and not after:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -226,12 +235,14 @@ def full(world: World, command: Command, count: int, rng: random.Random) -> Iter
     disk.mkdir(exist_ok=True)
     out = disk / command.name
     for _ in range(count):
-        size = int(need * rng.uniform(0.02, 1.0)) // 4096 * 4096 + 16384
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=755", "tmpfs", disk], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m,mode=755", "tmpfs", disk], check=True)
         try:
+            command.prepare(out)
+            room = os.statvfs(disk)
+            used = (room.f_blocks - room.f_bfree) * room.f_frsize
+            size = used + int(need * rng.uniform(0.02, 1.0)) // 4096 * 4096 + 8192
+            subprocess.run(["mount", "-o", f"remount,size={size}", disk], check=True)
             log = world.folder / "out" / f"{command.name}-full"
-            with contextlib.suppress(OSError):
-                command.prepare(out)
             clear_log(log)
             with redirected(out, log):
                 code = world.run(command, out)
@@ -242,9 +253,6 @@ def full(world: World, command: Command, count: int, rng: random.Random) -> Iter
                     wrong = f"does not say that the disk is full: {text[-300:]}"
                 subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
                 if not wrong:
-                    if command.name == "label":
-                        shutil.rmtree(out, ignore_errors=True)
-                        command.prepare(out)
                     clear_log(log)
                     again = world.run(command, out, again=True)
                     found, expected = tree(out), world.expected(command)[0]
@@ -272,7 +280,8 @@ def flips(world: World, command: Command, count: int, rng: random.Random) -> Ite
         place, part_way = (world.folder, False) if pattern.startswith("/") else (out, True)
         world.fresh(command, out)
         if part_way:
-            leave(world, command, out, pattern)
+            code = world.run(command, out, kill=(command.cut, True) if command.cut else None)
+            assert code == (-signal.SIGKILL if command.cut else 0), f"{command.name}: exit code {code}: {log_of(out)}"
             shutil.rmtree(kept, ignore_errors=True)
             shutil.copytree(out, kept)
         for _ in range(count):
@@ -293,26 +302,6 @@ def flips(world: World, command: Command, count: int, rng: random.Random) -> Ite
             if not part_way:
                 target.write_bytes(whole)
             yield f"bit {bit} of {target.name}: {'refused' if code == 2 else 'same result'}", wrong
-
-
-def leave(world: World, command: Command, out: Path, pattern: str) -> None:
-    """A run cut as late as possible with a file of `pattern` in its folder, or a finished one."""
-    world.fresh(command, out)
-    assert world.run(command, out) == 0
-    if list(out.glob(pattern)) and command.name != "train":
-        return
-    last = 0
-    for number in range(1, 200):
-        world.fresh(command, out)
-        if world.run(command, out, kill=(number, True)) != -signal.SIGKILL:
-            break
-        if list(out.glob(pattern)):
-            last = number
-        elif last:
-            break
-    world.fresh(command, out)
-    world.run(command, out, kill=(last, True))
-    assert list(out.glob(pattern)), f"{command.name} never leaves {pattern}"
 
 
 def may_mount() -> bool:

@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import harness  # noqa: E402
 
-COMMANDS = ("prepare", "train", "generate", "classify", "evaluate", "study", "label", "pretrain")
+COMMANDS = ("prepare", "overwrite", "train", "generate", "classify", "evaluate", "study", "label", "pretrain")
 FLIPPED = ("train", "generate", "classify", "study", "pretrain")
 
 
@@ -30,7 +30,7 @@ def attack(world, name, kind, count):
 
 
 @pytest.mark.parametrize(("name", "kind"), [("train", "renames"), ("generate", "kills"), ("study", "renames"), ("label", "kills"),
-                                            ("prepare", "renames"), ("label", "two"), ("study", "two")])
+                                            ("overwrite", "renames"), ("label", "two"), ("study", "two")])
 def test_a_slice(world, name, kind):
     """Killed at a random moment or rename, started twice at once: started again, the bytes of an undisturbed run."""
     attack(world, name, kind, 1)

@@ -29,13 +29,14 @@ def script(name: str):
 @dataclass(frozen=True)
 class Command:
     """argv(out, again) of a call, `again` after one that was cut; `states`: what a flipped bit is tried on, relative to the folder of the
-    output, or to the world with a leading slash; prepare(world, out): what stands in the output folder before the first call."""
+    output, or to the world with a leading slash; `cut`: the file after whose second writing a run is cut for that, else it is a finished
+    one; prepare(out): what stands in the output folder before the first call."""
     name: str
     main: Callable[[list[str]], None]
     argv: Callable[[Path, bool], list]
     states: tuple[str, ...] = ()
     prepare: Callable[[Path], None] = lambda out: None
-    volatile: tuple[str, ...] = ()
+    cut: str = ""
 
 
 def build(folder: Path) -> None:
@@ -60,7 +61,6 @@ def build(folder: Path) -> None:
     files.write_manifest(folder / "data", rows)
     write_synthetic(folder / "synthetic", 12, [row for row in rows if row["split"] == "train" and row["label"] == "malignant"])
     write_run(folder / "predictions", {"O1": 0.0, "S2": 0.5}, malignant=12, benign=24)
-    files.write_json(folder / "predictions" / "args.json", {"experiments": ["O1", "S2"], "seeds": 2})
     real_set(folder / "real", 10)
     synthetic_set(folder / "drawn", 10)
 
@@ -105,19 +105,51 @@ def commands(world: Path) -> dict[str, Command]:
     def asked(out, again):
         return [out, "--real", world / "real", "--synthetic", world / "drawn", "--count", 4, "--seed", 1, "--no-serve"]
 
+    def overwritten(out, again):
+        return [*prepared(out, again), "--overwrite", "--prompts", "fixed"]
+
     every = [
         Command("prepare", prepare.main, prepared),
+        Command("overwrite", prepare.main, overwritten, prepare=lambda out: shutil.copytree(world / "older", out)),
         Command("train", train_lora.main, train,
-                ("checkpoint.safetensors", "checkpoint.previous.safetensors", "/data/.cache/latents-*")),
+                ("checkpoint.safetensors", "checkpoint.previous.safetensors", "/data/.cache/latents-*"), cut="/checkpoint.safetensors"),
         Command("generate", generate.main, draw, ("malignant-*.png", "metadata.jsonl", "provenance.json")),
         Command("classify", classify.main, classifier, ("S2/seed0/state.safetensors", "S2/seed0/state.previous.safetensors",
-                                                        "B0/seed0/predictions.csv", "/data/.cache/tiles-*.npy")),
+                                                        "B0/seed0/predictions.csv", "/data/.cache/tiles-*.npy"),
+                cut="S2/seed0/state.safetensors"),
         Command("evaluate", evaluate.main, lambda out, again: ["--classify", world / "predictions", "--out", out]),
         Command("study", study.main, asked, ("study.json", "tiles/*.png")),
         Command("label", label.main, lambda out, again: [out, "--no-serve", "--label", "all"], prepare=labelled),
-        Command("pretrain", pretrain.main, vae, ("vae.checkpoint.safetensors", "vae.checkpoint.previous.safetensors")),
+        Command("pretrain", pretrain.main, vae, ("vae.checkpoint.safetensors", "vae.checkpoint.previous.safetensors"),
+                cut="/vae.checkpoint.safetensors"),
     ]
     return {command.name: command for command in every}
+
+
+def preload() -> None:
+    """Import whatever a command imports on its way, so that forks need not."""
+    import importlib
+    import pkgutil
+
+    import lesion
+    for module in pkgutil.walk_packages(lesion.__path__, "lesion."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    for name in ("matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "matplotlib.font_manager",
+                 "PIL.PngImagePlugin", "PIL.JpegImagePlugin", "sklearn.model_selection", "transformers.models.clip.tokenization_clip",
+                 "transformers", "torchvision", "torch.optim", "scipy.stats", "skimage.measure"):
+        importlib.import_module(name)
+    importlib.import_module("transformers").CLIPTokenizer  # noqa: B018 - transformers imports when asked
+
+
+def small_network(num_classes: int):
+    """In ResNet-18's place: its saved states of 180 MB would make this a test of the disk."""
+    from collections import OrderedDict
+
+    from torch import nn
+    parts = [("conv1", nn.Conv2d(3, 8, 3, 2)), ("bn1", nn.BatchNorm2d(8)), ("relu", nn.ReLU()), ("avgpool", nn.AdaptiveAvgPool2d(1)),
+             ("flat", nn.Flatten()), ("fc", nn.Linear(8, num_classes))]
+    return nn.Sequential(OrderedDict(parts))
 
 
 def calm() -> None:
@@ -126,13 +158,17 @@ def calm() -> None:
     import secrets
 
     import torch
+    import torchvision
 
     from lesion.mini import pretrain
+    from lesion.run import state
     from lesion.web import study_folder
     torch.set_num_threads(1)
     numbers = itertools.count()
     secrets.token_bytes = lambda count: bytes([7]) * count
     secrets.token_urlsafe = lambda count: f"secret-{next(numbers):016d}"
     study_folder.now = lambda: "2026-01-01T00:00:00.000+00:00"
+    state._git_commit = lambda: "0" * 40
+    torchvision.models.resnet18 = small_network
     pretrain.CHECK_TILES = 4
     np.seterr(all="ignore")

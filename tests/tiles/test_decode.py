@@ -3,13 +3,15 @@ import io
 import json
 import os
 import stat
+import struct
 import time
 import zipfile
+import zlib
 
 import layouts
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms, ImageOps
 
 from lesion.run import files
 from lesion.tiles import decode
@@ -61,6 +63,105 @@ def test_what_is_no_tile_says_why(data, reason):
     """Empty, garbage, truncated, 16-bit: a ValueError with the reason, never a half-grey picture."""
     with pytest.raises(ValueError, match=reason):
         decode.decode(data)
+
+
+# --- odd pictures: decoded right, or named ---
+
+def ifd(*entries):
+    """EXIF bytes of little-endian entries (tag, type, count, value bytes)."""
+    offset, extra = 8 + 2 + 12 * len(entries) + 4, b""
+    data = struct.pack("<H", len(entries))
+    for tag, kind, count, raw in entries:
+        if len(raw) > 4:
+            data += struct.pack("<HHII", tag, kind, count, offset + len(extra))
+            extra += raw
+        else:
+            data += struct.pack("<HHI", tag, kind, count) + raw.ljust(4, b"\0")
+    return b"Exif\0\0II" + struct.pack("<HI", 42, 8) + data + b"\0\0\0\0" + extra
+
+
+TURN = 0x112, 3, 1, struct.pack("<H", 6)  # a quarter turn clockwise shows it upright
+
+
+@pytest.mark.parametrize(("exif", "turned"), [
+    (ifd(TURN), True), (ifd(TURN, (0x11A, 5, 1, struct.pack("<II", 72, 0))), True),
+    (ifd(TURN, (0x9204, 10, 1, struct.pack("<ii", -1, 0))), True), (ifd(TURN, (0x501B, 5, 1, struct.pack("<II", 1, 2))), True),
+    (ifd(TURN, (0x8825, 4, 1, struct.pack("<I", 4000))), True), (ifd(TURN, (0x8769, 5, 1, struct.pack("<II", 9, 9))), True),
+    (ifd((0x112, 3, 2, struct.pack("<HH", 6, 6))), True), (ifd(TURN, (0x10E, 2, 6, b"\xff\xfe\x80a\0\0")), True),
+    (ifd((0x112, 3, 1, struct.pack("<H", 99))), False), (ifd((0x112, 2, 2, b"6\0")), False), (b"Exif\0\0", False),
+    (ifd(TURN, (0x10F, 2, 500, struct.pack("<I", 9999)))[:30], True), (b"Exif\0\0" + b"\xff" * 40, False)])
+def test_broken_exif_loses_no_tile(exif, turned):
+    """Whatever else in EXIF is broken, the picture is read, upright where its orientation can be read."""
+    image = np.asarray(Image.open(io.BytesIO(encoded(noise(), "JPEG", quality=95))))
+    found = decode.decode(encoded(noise(), "JPEG", quality=95, exif=exif))
+    assert (found == (np.rot90(image, -1) if turned else image)).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_eight_orientations_are_pillows(orientation):
+    """Each EXIF orientation gives what ImageOps.exif_transpose gives."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(noise(), exif=exif)
+    assert (decode.decode(data) == np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))).all()
+
+
+def test_what_is_transparent_is_white():
+    """RGBA, grey with alpha, a palette with alpha and a transparent colour are composed on white: no hidden black or noise."""
+    image = noise()
+    alpha = np.full((60, 60), 255, np.uint8)
+    alpha[:20] = 0
+    clear = Image.fromarray(np.dstack([np.where(alpha[..., None] > 0, image, 0), alpha]))
+    found = decode.decode(encoded(clear))
+    assert (found[:20] == 255).all()
+    assert (found[20:] == image[20:]).all()
+    assert (decode.decode(encoded(clear.convert("LA")))[:20] == 255).all()
+    palette = Image.fromarray(image).quantize(4)
+    index = np.asarray(palette)
+    found = decode.decode(encoded(palette, transparency=bytes([0, 255, 255, 255])))
+    assert (found[index == 0] == 255).all()
+    assert (found[index != 0] == np.asarray(palette.convert("RGB"))[index != 0]).all()
+    key = Image.new("RGB", (20, 20), (1, 2, 3))
+    assert (decode.decode(encoded(key, transparency=(1, 2, 3))) == 255).all()
+    half = Image.new("RGBA", (20, 20), (0, 0, 0, 128))
+    assert abs(int(decode.decode(encoded(half))[0, 0, 0]) - 127) <= 1
+
+
+def png16(image):
+    """RGB PNG of 16 bits a channel, whose low bytes Pillow would drop."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    high, wide, _ = image.shape
+    rows = b"".join(b"\0" + row.tobytes() for row in image.astype(">u2"))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", wide, high, 16, 2, 0, 0, 0)) + chunk(
+        b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_kinds_of_pictures_that_are_read_and_that_are_named():
+    """Progressive, CMYK, YCbCr, MPO and a wrong ending are read right; 16 bits and several frames are refused by name."""
+    image = np.asarray(Image.fromarray(noise(8)).resize((64, 64), Image.BICUBIC))  # smooth: JPEG is near
+    for data in (encoded(image, "JPEG", progressive=True, quality=95), encoded(image, "WEBP", lossless=True), encoded(image, "BMP"),
+                 encoded(Image.fromarray(image).convert("CMYK"), "JPEG", quality=95),
+                 encoded(Image.fromarray(image).convert("YCbCr"), "JPEG", quality=95),
+                 encoded(image, "MPO", save_all=True, append_images=[Image.new("RGB", (64, 64))], quality=95),
+                 encoded(image, "JPEG", quality=95) + b"\0" * 500 + b"after the end"):
+        assert np.abs(decode.decode(data).astype(int) - image).mean() < 4
+    with pytest.raises(ValueError, match="16 bits a channel, expected 8 bits a channel"):
+        decode.decode(png16(image.astype(np.uint16) * 257))
+    for kind in ("PNG", "WEBP"):
+        with pytest.raises(ValueError, match="2 frames, expected one picture"):
+            decode.decode(encoded(image, kind, save_all=True, append_images=[Image.new("RGB", (64, 64))]))
+
+
+def test_doubtful_colours_are_remarked_on():
+    """Four inks and a profile that is not sRGB's; sRGB's own and none are no matter."""
+    image = Image.fromarray(noise())
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    assert decode.remark(encoded(image)) is None
+    assert decode.remark(encoded(image, "JPEG", icc_profile=srgb)) is None
+    assert "profile that is not sRGB" in decode.remark(encoded(image, "JPEG", icc_profile=lab))
+    assert "four inks" in decode.remark(encoded(image.convert("CMYK"), "JPEG"))
 
 
 # --- black borders ---------------------------------------------------------------------------------------------------
@@ -229,6 +330,42 @@ def test_a_torn_or_absent_cache_is_decoded_again(folder):
     (path / ".cache").rmdir()
     (path / ".cache").write_text("in the way", encoding="utf-8")  # cannot be written, also for root
     assert (decode.load_tiles(path, rows, 64).images_u8 == first).all()
+
+
+def test_a_tile_changed_with_its_size_and_time_kept_is_decoded_again(folder):
+    """The cache is keyed by bytes, not by size and time."""
+    path, rows = folder
+    tile = path / rows[0]["file_name"]
+    before = np.array(decode.load_tiles(path, rows, 64).images_u8)
+    status, data = os.stat(tile), bytearray(tile.read_bytes())
+    data[-100] ^= 8  # among the coded pixels
+    tile.write_bytes(data)
+    os.utime(tile, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert os.stat(tile).st_size == status.st_size
+    after = decode.load_tiles(path, rows, 64).images_u8
+    assert (after[0] != before[0]).any()
+    assert (after[1:] == before[1:]).all()
+
+
+@pytest.mark.parametrize("kind", ["npy", "json"])
+def test_a_damaged_cache_heals(folder, kind):
+    """Twenty single bits flipped anywhere in either file, and both files cut: the same tiles as before, and a whole cache again."""
+    path, rows = folder
+    first = np.array(decode.load_tiles(path, rows, 64).images_u8)
+    cache = next((path / ".cache").glob(f"*.{kind}"))
+    whole = cache.read_bytes()
+    rng = np.random.default_rng(1)
+    damaged = [whole[:len(whole) // 2], b""]
+    for place in rng.integers(0, len(whole), 20):
+        data = bytearray(whole)
+        data[place] ^= 1 << int(rng.integers(8))
+        damaged.append(bytes(data))
+    for data in damaged:
+        cache.write_bytes(data)
+        found = decode.load_tiles(path, rows, 64)
+        assert (found.images_u8 == first).all()
+        assert found.rows == rows
+        assert cache.read_bytes() == whole
 
 
 def test_progress_sees_every_tile(folder):

@@ -11,9 +11,10 @@ from lesion.run import devices, state
 from lesion.train.checkpoint import STATE, Progress, load_checkpoint, lora_of_step, save_checkpoint
 from lesion.train.step import adamw
 
-RECIPE = SimpleNamespace(label="malignant", phase=1, resolution=128, seed=0, lora_format="kohya", rank=2, alpha=3.0, base="b", lr=1e-2,
-                         clip=1.0, min_snr_gamma=None, noise_offset=0.0, precision="fp16", schedule="constant", steps=20, rates=dict)
-RECORD = {"base_sha256": "0", "data_sha256": "1", "tiles": 3, "provenance": {"git_commit": None}}
+RECIPE = SimpleNamespace(label="malignant", phase=1, resolution=128, seed=0, lora_format="kohya", data="d", rank=2, alpha=3.0, base="b",
+                         lr=1e-2, clip=1.0, min_snr_gamma=None, noise_offset=0.0,
+                         precision="fp16", schedule="constant", steps=20, rates=dict)
+RECORD = {"base_sha256": "0", "data_sha256": "1", "tiles": 3, "tag_frequency": {}, "provenance": {"git_commit": None}}
 
 
 def run():
@@ -87,7 +88,7 @@ def test_the_older_state_is_taken_and_said(tmp_path, damage):
         data[-40] ^= 1
         path.write_bytes({"flipped": data, "cut": data[:-9], "empty": b""}[damage])
     said = []
-    assert load_checkpoint(tmp_path, *run(), said.append).done == 4
+    assert load_checkpoint(tmp_path, *run(), said.append).step == 4
     assert len(said) == 1
     assert "checkpoint.safetensors" in said[0]
     assert "going on from the state before it, checkpoint.previous.safetensors" in said[0]
@@ -95,7 +96,7 @@ def test_the_older_state_is_taken_and_said(tmp_path, damage):
     networks, optimizer, scaler = run()
     load_checkpoint(tmp_path, networks, optimizer, scaler)
     save_checkpoint(tmp_path, RECIPE, RECORD, networks, optimizer, scaler, Progress(8))
-    assert state.load_state(state.previous_of(path))[1]["done"] == 4  # the good one was not overwritten by the damaged one
+    assert state.load_state(state.previous_of(path))[1]["step"] == 4  # the good one was not overwritten by the damaged one
 
 
 def test_nothing_whole_is_left(tmp_path):
@@ -103,7 +104,7 @@ def test_nothing_whole_is_left(tmp_path):
     saved(tmp_path, 4, 8)
     for path in (tmp_path / STATE, state.previous_of(tmp_path / STATE)):
         path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(ValueError, match=r"checkpoint\.safetensors is damaged.* and .*checkpoint\.previous\.safetensors is damaged.*remove"):
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors is damaged.* and .*\.previous\.safetensors is damaged.*remove"):
         load_checkpoint(tmp_path, *run())
 
 
@@ -138,6 +139,6 @@ def test_a_run_that_never_learnt_writes_no_lora(tmp_path):
         save_checkpoint(tmp_path, RECIPE, RECORD, networks, optimizer, scaler, Progress(20, 20, 20))
     assert not (tmp_path / "lora.safetensors").exists()
     assert not lora_of_step(tmp_path, 20).exists()
-    assert json.loads(json.dumps(state.load_state(tmp_path / STATE)[1]))["done"] == 10
+    assert json.loads(json.dumps(state.load_state(tmp_path / STATE)[1]))["step"] == 10
     save_checkpoint(tmp_path, RECIPE, RECORD, networks, optimizer, scaler, Progress(20, 19, 19))
     assert (tmp_path / "lora.safetensors").exists()

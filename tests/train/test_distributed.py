@@ -101,8 +101,8 @@ def test_what_one_process_sees_stops_all(tiny, data, tmp_path, what, code, step)
     code, long before any time-out; the state is the last good one, or that of the step where the signal was taken."""
     import time
     (tmp_path / "stops.py").write_text(STOPS)
-    arguments = ["--phase", 1, "--base", tiny / "folder", "--data", data, "--steps", 100, "--rank", 2, "--sample-count", 0, "--batch-size", 1,
-                 "--resolution", 64, "--checkpoint-every", 4, "--out", tmp_path / "run"]
+    arguments = ["--phase", 1, "--base", tiny / "folder", "--data", data, "--steps", 100, "--rank", 2, "--sample-count", 0,
+                 "--batch-size", 1, "--resolution", 64, "--checkpoint-every", 4, "--out", tmp_path / "run"]
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "stops.py"),
                            what, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=240,
@@ -111,7 +111,7 @@ def test_what_one_process_sees_stops_all(tiny, data, tmp_path, what, code, step)
     assert time.monotonic() - began < 200
     assert {f"rank {rank} left with {code}" for rank in (0, 1)} <= set(done.stderr.splitlines()), done.stderr[-3000:]
     from lesion.run.state import load_state
-    assert load_state(tmp_path / "run" / "checkpoint.safetensors")[1]["done"] == step
+    assert load_state(tmp_path / "run" / "checkpoint.safetensors")[1]["step"] == step
     if what == "nan":
         assert "step 6: loss is not finite for timesteps" in done.stderr
         assert "loss is not finite in another process, which names the tiles" in done.stderr

@@ -134,7 +134,7 @@ def test_the_error_is_of_the_noise_that_was_added():
     """A model that returns the noise has no error; one that returns another has."""
     batch = batch_of()
     for guess, right in ((batch.draws.noise, True), (batch.draws.posterior, False)):
-        error = noise_error(lambda *_, guess=guess, **__: guess, batch.mean, batch.draws.noise, batch.draws.timesteps, context=batch.context)
+        error = noise_error(lambda *_, guess=guess, **__: guess, batch.mean, batch.draws.noise, batch.draws.timesteps, batch.context)
         assert (error.max().item() == 0) == right
 
 

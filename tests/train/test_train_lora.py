@@ -346,3 +346,111 @@ def test_a_recipe_file_reproduces_a_run(tiny, data, tmp_path):
     else:
         with pytest.raises(ValueError, match="pip install tensorboard"):
             train("--recipe", tmp_path / "a" / "args.json", "--out", tmp_path / "c", "--log", "tensorboard")
+
+
+# --- guards that survive the process ---------------------------------------------------------------------------------------
+
+
+def overflow_always(monkeypatch):
+    """Every gradient of the first LoRA layer is infinite."""
+    from lesion.lora import layers
+    real = layers.inject
+
+    def inject(network, *rest):
+        real(network, *rest)
+        next(iter(layers.lora_layers(network).values())).lora_up.weight.register_hook(lambda gradient: gradient * float("inf"))
+    monkeypatch.setattr("lesion.train.setup.layers.inject", inject)
+
+
+def test_overflows_in_a_row_are_counted_across_resume(tiny, data, tmp_path, monkeypatch):
+    """Five in a row are too many: a run stopped after four and resumed ends at the next one, not after five more."""
+    monkeypatch.setattr(train_lora, "MAX_SKIPPED", 5)
+    overflow_always(monkeypatch)
+    recipe = flags(tiny, data, tmp_path / "r", "--precision", "fp16", "--steps", 12, "--checkpoint-every", 4)
+    with pytest.raises(ValueError, match="step 4: 5 steps in a row overflowed in fp16"):
+        train("--phase", 1, *recipe)
+    with pytest.raises(ValueError, match="step 4: 5 steps in a row overflowed in fp16"):
+        train("--phase", 1, *recipe, "--resume")
+    assert not (tmp_path / "r" / "lora.safetensors").exists()
+
+
+def test_a_run_that_never_learnt_ends_badly(tiny, data, tmp_path, monkeypatch):
+    """Fewer steps than the limit, every one of them void: an error, and no LoRA."""
+    overflow_always(monkeypatch)
+    with pytest.raises(ValueError, match="all 3 steps overflowed in fp16: nothing was learnt, no LoRA is written"):
+        train("--phase", 1, *flags(tiny, data, tmp_path / "r", "--precision", "fp16", "--steps", 3))
+    assert not (tmp_path / "r" / "lora.safetensors").exists()
+
+
+def test_a_second_ctrl_c_while_a_sample_is_drawn(tiny, data, tmp_path, monkeypatch):
+    """The first signal waits for the step, the second interrupts the drawing at once; the last state is as it was."""
+    import signal
+
+    from lesion.train import watch
+    reached = []
+
+    def sampling(*_):
+        def sample(path):
+            if path.stem == "step-000005":
+                signal.raise_signal(signal.SIGINT)
+                reached.append(1)
+                signal.raise_signal(signal.SIGINT)
+                reached.append(2)
+        return sample
+    monkeypatch.setattr(watch, "sampling", sampling)
+    with pytest.raises(KeyboardInterrupt):
+        train("--phase", 1, *flags(tiny, data, tmp_path / "r", "--sample-every", 5))
+    assert reached == [1]
+    from lesion.run.state import load_state
+    assert load_state(tmp_path / "r" / "checkpoint.safetensors")[1]["step"] == 4
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # given back
+
+
+def test_training_in_a_thread(tiny, data, tmp_path):
+    """A notebook's worker thread may train: no handler is set there, and the run ends well."""
+    import signal
+    import threading
+    errors = []
+
+    def work():
+        try:
+            train("--phase", 1, *flags(tiny, data, tmp_path / "r", "--steps", 1))
+        except BaseException as error:
+            errors.append(error)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert errors == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert (tmp_path / "r" / "lora.safetensors").is_file()
+    assert not (tmp_path / "r" / ".lock").exists()
+
+
+def test_more_steps_of_a_cosine_are_said(tiny, data, tmp_path, capsys):
+    """Resumed with more steps: the line tells the rate of before, the new one and the step; the log has the new one."""
+    recipe = ["--phase", 1, *flags(tiny, data, tmp_path / "r", "--schedule", "cosine")]
+    train(*recipe, "--steps", 4)
+    capsys.readouterr()
+    train(*recipe, "--steps", 8, "--resume")
+    assert "--steps was 4 and is 8: the cosine is drawn anew over all of them, so at step 4 the learning rate goes from 0 to 0.005" in \
+        capsys.readouterr().out
+    rates = {row["step"]: row["lr"] for row in files.read_jsonl(tmp_path / "r" / "metrics.jsonl") if "loss" in row}
+    assert rates[5] == pytest.approx(5e-3)
+
+
+def test_a_second_run_on_one_folder_is_refused(tiny, data, tmp_path):
+    """While a run works on a folder, `--resume` on it is refused with who holds it, and the run's files are not touched."""
+    from lesion.run import lock
+    with lock.owner(tmp_path / "r"), pytest.raises(ValueError, match=r"is in use by .* \(process \d+ on "):
+        train("--phase", 1, *flags(tiny, data, tmp_path / "r"), "--resume")
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_changed_tile_is_refused(tiny, data, tmp_path):
+    """A tile that is not the one that `prepare` wrote down is named before anything is learnt from it."""
+    from lesion.run import sums
+    shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns(".cache"))
+    sums.write(tmp_path / "data")
+    (tmp_path / "data" / "images" / "T_03.jpg").write_bytes((data / "images" / "T_04.jpg").read_bytes())
+    with pytest.raises(ValueError, match="T_03.jpg is not what was written: its SHA-256 differs from SHA256SUMS"):
+        train("--phase", 1, *flags(tiny, tmp_path / "data", tmp_path / "r"))
