@@ -8,7 +8,6 @@ appears as a whole, in the place of an older one.
 """
 import os
 import shlex
-import sys
 import time
 from pathlib import Path
 
@@ -53,13 +52,9 @@ def main(argv=None) -> None:
     # Everything is computed before anything is written.
     whole.refuse_foreign(args.out)
     read = whole.hashes(asked.files_read())
-    command = shlex.join(["python", "evaluate.py", *(sys.argv[1:] if argv is None else argv)])
-    made = state.provenance()
-    about = [("Made", today()), ("Command", command), ("Program", f"lesion {made['lesion']} at {(made['git_commit'] or '–')[:12]}"),
-             *[(name, value) for name, value in (
-                 ("Classifier", asked.classify), ("Tiles", asked.data), ("Synthetic", ", ".join(map(str, asked.synthetic))),
-                 ("Training", ", ".join(map(str, asked.runs))), ("Study", asked.study)) if value]]
-    report = whole.compute(asked, args.drop_copies, [(name, str(value)) for name, value in about], cli.progress)
+    made, command = state.provenance(), command_of(asked, args)
+    about = [("Made", today()), ("Command", command), ("Program", f"lesion {made['lesion']} at {(made['git_commit'] or '–')[:12]}")]
+    report = whole.compute(asked, args.drop_copies, about, cli.progress)
     manifest = {"request": asked.to_json(), "title": args.title, "drop_copies": args.drop_copies and str(args.drop_copies),
                 "read": read, "provenance": made | {"command": command, "made": today()}}
     whole.write(report, args.out, args.title, manifest, args.drop_copies)
@@ -80,11 +75,20 @@ def fill_from_newest(args) -> Request:
     if not (found.classify or found.synthetic or found.study):
         raise ValueError("nothing to report yet: no run of classify.py in runs/, no tiles of generate.py in samples/, no study; "
                          "run train_lora.py and generate.py first, or give --classify RUN, --synthetic DIR or --study DIR")
-    flags = [("--classify", found.classify), ("--data", found.data), ("--synthetic", *found.synthetic), ("--runs", *found.runs),
-             ("--study", found.study)]
-    words = [str(word) for flag in flags if any(flag[1:]) for word in flag]
-    print(f"the newest: python evaluate.py {shlex.join(words)}", flush=True)
-    return Request(found.classify, found.data, found.synthetic, found.runs, found.study, tuple(args.confusion))
+    found = Request(found.classify, found.data, found.synthetic, found.runs, found.study, tuple(args.confusion))
+    print(f"the newest: {command_of(found, args)}", flush=True)
+    return found
+
+
+def command_of(asked: Request, args) -> str:
+    """The command that makes this report, every folder named."""
+    flags = [("--classify", asked.classify), ("--data", asked.data), ("--synthetic", *asked.synthetic), ("--runs", *asked.runs),
+             ("--study", asked.study), ("--drop-copies", args.drop_copies)]
+    if asked.confusion != Request().confusion:
+        flags.append(("--confusion", *asked.confusion))
+    if args.title != TITLE:
+        flags.append(("--title", args.title))
+    return shlex.join(["python", "evaluate.py", *(str(word) for flag in flags if any(flag[1:]) for word in flag), "--out", str(args.out)])
 
 
 def today() -> str:

@@ -3,10 +3,10 @@
 Every sentence is another section's; nothing is judged here. Proven by tests/report/test_front.py.
 """
 from lesion.report import classification, page, pictures, plots, plots_readers
-from lesion.report.page import bullets, facts, figure, heading, paragraph
+from lesion.report.page import bullets, contents, facts, figure, heading, paragraph
 
 CONTRASTS = (("O1", "S2"), ("A1", "S2"), ("W1", "S2w"))  # one factor each: repeated tiles, none, none under a weighted loss
-TILES = 8  # of each set
+TILES, ROWS = 10, 4  # tiles of a set, sets: more would not leave room for the rest of the page
 
 
 def build(results: dict, sections: dict[str, list[dict]], about: list[tuple[str, str]]) -> tuple[list, dict]:
@@ -24,7 +24,7 @@ def build(results: dict, sections: dict[str, list[dict]], about: list[tuple[str,
     cells = []
     if "pictures" in results:
         cells.append([heading("What the tiles look like"), *_looks(sections["pictures"]),
-                      *map(paragraph, pictures.findings(results["pictures"]))])
+                      *map(paragraph, pictures.findings(results["pictures"])[:ROWS - 2])])
     if "readers" in results:
         cell, drawn = _readers(results["readers"], lead="classification" not in results)
         figures |= drawn
@@ -32,9 +32,8 @@ def build(results: dict, sections: dict[str, list[dict]], about: list[tuple[str,
     if cells:
         rows.append(cells)
     said = _limits(results)
-    ending = [[heading("About this report"), facts(about)]] if about else []
-    rows.append([[heading("Limits"), bullets(said)], *ending] if said else ending)
-    return [row for row in rows if row], figures
+    rows.append([*([[heading("Limits"), bullets(said)]] if said else []), [heading("About this report"), facts(about), contents()]])
+    return rows, figures
 
 
 def _has(blocks, stem):
@@ -64,8 +63,8 @@ def _certainty(results):
             words += ", too few seeds for an interval"
         rows.append((f"{pair[0]} → {pair[1]}", words, cell))
     said = "; ".join(f"{name}: {words}" for name, words, _ in rows)
-    caption = ("Synthetic tiles against the real ones a second time (O1), against none (A1), and against none under a weighted "
-               "loss (W1): AUROC differences with 95 % intervals; filled: p < .05 after Holm's correction.")
+    caption = ("AUROC with synthetic tiles minus AUROC with the real ones repeated (O1), with none (A1), with none under a "
+               "weighted loss (W1); 95 % intervals; filled: p < .05 after Holm's correction.")
     block = figure("answer", caption, f"AUROC differences with 95 % intervals. {said}.")
     return [heading("How sure is that?"), block], {"answer": plots.answer(rows)}
 
@@ -73,7 +72,7 @@ def _certainty(results):
 def _looks(blocks):
     """The tiles of the pictures section, fewer of them, and the denoising steps."""
     shown = _again(blocks, "tiles")
-    yield shown | {"rows": [(name, cells[:TILES]) for name, cells in shown["rows"][:5]]}
+    yield shown | {"rows": [(name, cells[:TILES]) for name, cells in shown["rows"][:ROWS]]}
     if _has(blocks, "denoising"):
         yield _again(blocks, "denoising")
 

@@ -66,6 +66,16 @@ def animation(stem: str, still: str, caption: str, alt: str) -> dict:
     return {"kind": "animation", "stem": stem, "still": still, "caption": caption, "alt": alt}
 
 
+def contents() -> dict:
+    """Links to the headings of the report; for the first page."""
+    return {"kind": "contents"}
+
+
+def beside(*blocks: dict) -> dict:
+    """Two blocks side by side where the page is wide enough."""
+    return {"kind": "beside", "blocks": list(blocks)}
+
+
 # ---------------------------------------------------------------------------------------------- writing
 
 def write(out: Path, title: str, blocks: list[dict], results: dict, front: list[list[list[dict]]] = ()) -> None:
@@ -89,7 +99,7 @@ def as_html(out: Path, title: str, blocks: list[dict], front: list[list[list[dic
                 for place, block in enumerate(blocks)]
     style = Markup(TEMPLATES.get_template("report.css").render())
     return TEMPLATES.get_template("report.html").render(
-        title=title, blocks=numbered, front=front, contents=_contents(numbered) if front else [], style=style,
+        title=title, blocks=numbered, front=front, contents=_contents(numbered), style=style,
         embed=lambda name: _embed(out / "figures" / name), tile=_tile,
         narrow=lambda stem: (out / "figures" / "narrow" / f"{stem}.svg").is_file())
 
@@ -119,7 +129,7 @@ def _tile(image: np.ndarray) -> str:
 
 def as_markdown(title: str, blocks: list[dict], front: list[list[list[dict]]] = ()) -> str:
     """The same as GitHub-flavoured Markdown, figures linked as figures/<stem>.png."""
-    first = [block for row in front for cell in row for block in cell]
+    first = [block for row in front for cell in row for block in cell if block["kind"] != "contents"]
     return "\n\n".join([f"# {_plain(title)}", *map(_markdown, [*first, *blocks])]) + "\n"
 
 
@@ -136,6 +146,8 @@ def _markdown(block):
     if kind in ("figure", "tiles", "animation"):
         ending = "gif" if kind == "animation" else "png"
         return f"![{_plain(block['alt'])}](figures/{block['stem']}.{ending})\n\n*{_plain(block['caption'])}*"
+    if kind == "beside":
+        return "\n\n".join(map(_markdown, block["blocks"]))
     rule = [":--" if i in block["text"] else "--:" for i in range(len(block["header"]))]
     lines = [[_plain(cell) for cell in row] for row in [block["header"], *block["rows"]]]
     body = "\n".join(f"| {' | '.join(row)} |" for row in [lines[0], rule, *lines[1:]])

@@ -72,8 +72,8 @@ def build(folders: list[Path], data: Path, classify: Path | None = None, runs: t
     if gif:
         figures["denoising-steps"] = plots_pictures.steps(sheets.open_frames(gif))
         words = "" if gif.parent in map(Path, folders) else f" (from {gif.parent}, drawn with the same LoRA)"
-        place = next(i for i, block in enumerate(blocks) if block.get("stem") == "tsne-real")
-        blocks.insert(place, page.animation("denoising", "denoising-steps", f"From noise to tiles, step by step{words}.",
+        place = next(i for i, block in enumerate(blocks) if block.get("stem") == "tiles")
+        blocks.insert(place + 1, page.animation("denoising", "denoising-steps", f"Denoising, from the first step to the last{words}.",
                                             "tiles emerging from noise"))
     return blocks, results, figures, copies, {"denoising.gif": gif} if gif else {}
 
@@ -89,11 +89,7 @@ def _blocks(material, results, found, progress):
                          f"{label} tiles at random: {', '.join(name for name, _ in shown)}",
                          [(name, [{"images": [image]} for image in images]) for name, images in shown]),
               *_fidelity(results["fidelity"], label),
-              page.figure("tsne-real", f"t-SNE of real {label} and synthetic tiles; read the AUC, not the overlap.",
-                            "point clouds of real and synthetic tiles")]
-    if "tsne-other" in figures:
-        blocks.append(page.figure("tsne-other", "t-SNE of synthetic tiles and real tiles of the other class.",
-                                    "point clouds of synthetic tiles and real tiles of the other class"))
+              *_map_blocks(results["fidelity"], label)]
     if results["copies"]:
         blocks += [heading("Copies of training tiles", 3), *_copies(results["copies"])]
         for place, part in enumerate(material.synthetic):
@@ -247,6 +243,20 @@ def _maps(material, results, progress):
         if panels:
             figures |= {stem: plots_pictures.scatter(panels), f"narrow/{stem}": plots_pictures.scatter(panels, columns=1)}
     return figures
+
+
+def _map_blocks(results, label):
+    """The maps' figures, side by side where there is one set; said in words: how well the sets are told from real tiles."""
+    rows = [row for row in results["sets"] if not row["name"].startswith("held-out")]
+
+    def alt(what, key):
+        return f"Point clouds of {what}. " + "; ".join(f"{row['name']}: {_auc(row[key])}" for row in rows if key in row) + "."
+    blocks = [page.figure("tsne-real", f"t-SNE of real {label} and synthetic tiles; read the AUC, not the overlap.",
+                          alt(f"real {label} and synthetic tiles", "against_real"))]
+    if any("against_other" in row for row in rows):
+        blocks.append(page.figure("tsne-other", "t-SNE of synthetic tiles and real tiles of the other class.",
+                                  alt("synthetic tiles and real tiles of the other class", "against_other")))
+    return [page.beside(*blocks)] if len(blocks) == 2 and len(rows) == 1 else blocks
 
 
 def _worst(part, training, copies):

@@ -120,15 +120,15 @@ def answer(rows: list[tuple[str, str, dict | None]]) -> Figure:
     """The certainty of the answer as one picture: AUROC differences of the contrasts with their 95 % intervals, each said in
     words above its line. rows: (contrast, words, cell of `comparison.analyse` or None where an arm was not run)."""
     with rc_context(SETTINGS):
-        chart = Figure(figsize=(3.5, 0.62 * len(rows) + 0.75), layout="constrained")
+        chart = Figure(figsize=(3.5, 0.48 * len(rows) + 0.62), layout="constrained")
         axis = chart.subplots()
         axis.axvline(0, color=GREY, linewidth=1, linestyle=":")
         for place, (_, words, cell) in enumerate(rows):
             if cell:
                 _interval(axis, place, cell)
-            axis.text(0.5, place - 0.24, words, transform=axis.get_yaxis_transform(), ha="center", va="bottom", fontsize=8.5)
+            axis.text(0.5, place - 0.22, words, transform=axis.get_yaxis_transform(), ha="center", va="bottom", fontsize=8.5)
         low, high = _reach(cell for *_, cell in rows if cell)
-        axis.set(yticks=range(len(rows)), yticklabels=[name for name, *_ in rows], ylim=(len(rows) - 0.55, -0.75),
+        axis.set(yticks=range(len(rows)), yticklabels=[name for name, *_ in rows], ylim=(len(rows) - 0.6, -0.7),
                  xlim=(low, high), xlabel="← worse    AUROC difference    better →")
         axis.xaxis.set_major_locator(MaxNLocator(5, symmetric=True))
         axis.spines.left.set_visible(False)
@@ -142,7 +142,7 @@ def confusion(arms: dict[str, dict], title: str) -> Figure:
     arms: name -> {tp, fn, fp, tn}, means over seeds. Rows are the truth, columns what the classifier says.
     """
     with rc_context(SETTINGS | {"axes.spines.left": False, "axes.spines.bottom": False}):
-        chart = Figure(figsize=(1.75 * len(arms) + 0.2, 2.45), layout="constrained")
+        chart = Figure(figsize=(1.65 * len(arms) + 0.2, 2.1), layout="constrained")
         axes = chart.subplots(1, len(arms), squeeze=False, sharey=True)[0]
         for axis, (name, counts) in zip(axes, arms.items()):
             table = np.array([[counts["tp"], counts["fn"]], [counts["fp"], counts["tn"]]])
@@ -181,7 +181,7 @@ def calibration(arms: dict[str, list[dict]], columns: int = 3) -> Figure:
                 axis.plot(x, y, "o", color=BLUE if row["malignant"] else "white", markeredgecolor=BLUE, markersize=5)
             axis.set(xscale="log", yscale="log", title=name, ylim=(floor * 0.8, 1.2), xlim=(left, 1.2))
             for line, low in ((axis.xaxis, left), (axis.yaxis, floor)):
-                line.set_major_locator(LogLocator(subs=(1.0,) if low < 0.02 else (1.0, 2.0, 5.0) if low > 0.2 else (1.0, 3.0)))
+                line.set_major_locator(LogLocator(subs=(1.0,) if low < 0.002 else (1.0, 3.0) if low < 0.05 else (1.0, 2.0, 5.0)))
                 line.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
                 line.set_minor_formatter(NullFormatter())
         for axis in axes.flat[len(arms):]:

@@ -61,18 +61,17 @@ def grid(rows: list[tuple[str, np.ndarray]]) -> Figure:
 
 
 def steps(frames: np.ndarray, shown: int = 6) -> Figure:
-    """A few frames of a denoising GIF side by side, the first and the last among them, for paper. frames: uint8 [N,H,W,3]."""
+    """A few frames of a denoising GIF side by side, the first and the last among them, for paper: of its first tile, the left
+    square. frames: uint8 [N,H,W,3]."""
     with rc_context(SETTINGS):
+        frames = frames[:, :, :frames.shape[1]]
         chosen = np.unique(np.linspace(0, len(frames) - 1, shown).round().astype(int))
         height, width = frames.shape[1:3]
-        chart = Figure(figsize=(WIDTH, WIDTH / len(chosen) * height / width + 0.25))
+        chart = Figure(figsize=(WIDTH, WIDTH / len(chosen) * height / width))
         for place, number in enumerate(chosen):
-            share = chart.get_figheight()
-            axis = chart.add_axes(((place + 0.01) / len(chosen), 0.25 / share, 0.98 / len(chosen), 1 - 0.25 / share))
+            axis = chart.add_axes(((place + 0.01) / len(chosen), 0, 0.98 / len(chosen), 1))
             axis.imshow(frames[number])
             axis.axis("off")
-            words = {0: "first step", len(frames) - 1: "last step"}.get(int(number), "")
-            chart.text((place + 0.5) / len(chosen), 0.02, words, ha="center", va="bottom", fontsize=9)
         return chart
 
 
@@ -110,7 +109,7 @@ def attributes(counts: dict[str, dict[str, list[int]]], values: dict[str, tuple[
     """
     with rc_context(SETTINGS):
         lines, columns = grid_of(len(values), columns)
-        chart = Figure(figsize=(WIDTH / 2 * columns, 2.1 * lines + 0.5), layout="constrained")
+        chart = Figure(figsize=(WIDTH / 2 * columns, 1.65 * lines + 0.4), layout="constrained")
         axes = chart.subplots(lines, columns, squeeze=False).ravel()
         for axis in axes[len(values):]:
             axis.axis("off")
@@ -132,15 +131,17 @@ def attributes(counts: dict[str, dict[str, list[int]]], values: dict[str, tuple[
 
 
 def learning(runs: list[dict], columns: int = 2) -> Figure:
-    """Validation loss (above) and share of copies (below) against the training step; `columns` runs side by side.
+    """Validation loss (above) and share of copies (below, or beside for a single run) against the training step; `columns`
+    runs side by side.
 
     runs: name, steps and losses [K] (validation), copies = [(step, rate, low, high)], best: the step of the least loss.
     A line marks `best`: tiles drawn from later checkpoints come from an over-trained LoRA.
     """
     with rc_context(SETTINGS):
-        lines, columns = grid_of(len(runs), columns)
-        chart = Figure(figsize=(min(WIDTH, 4.2 * columns), 4.4 * lines), layout="constrained")
-        axes = chart.subplots(2 * lines, columns, squeeze=False)
+        lines, across = grid_of(len(runs), columns)
+        alone = len(runs) == 1 < columns
+        chart = Figure(figsize=(WIDTH if alone else min(WIDTH, 3.6 * across), 2.4 if alone else 4.2 * lines), layout="constrained")
+        axes = chart.subplots(1, 2).reshape(2, 1) if alone else chart.subplots(2 * lines, across, squeeze=False)
         uppers, lowers = axes[::2].ravel(), axes[1::2].ravel()
         for upper, lower, run in zip(uppers, lowers, runs):
             upper.plot(run["steps"], run["losses"], "-o", color=BLUE, markersize=4)

@@ -43,7 +43,7 @@ def identified(results: dict, everyone: bool = True, across: int = 8) -> Figure:
     lines = -(-len(rows) // across)
     with rc_context(SETTINGS):
         width = WIDTH if everyone and len(rows) > 3 else 3.5
-        chart = Figure(figsize=(width, 2.3 * lines + 0.3), layout="constrained")
+        chart = Figure(figsize=(width, 1.8 * lines + 0.3), layout="constrained")
         for line, axis in enumerate(chart.subplots(lines, 1, squeeze=False)[:, 0]):
             some = rows[line * across:(line + 1) * across]
             for shift, (kind, words, colour, hatch) in zip((-0.2, 0.2), KINDS):
@@ -54,7 +54,7 @@ def identified(results: dict, everyone: bool = True, across: int = 8) -> Figure:
                 for place, (share, low, high) in zip(places, values):
                     if low is not None:
                         axis.plot([place, place], [max(low, 0), min(high, 1)], color=BLACK, linewidth=1.4)
-                    axis.text(place, 0.03, f"{share:.0%}", ha="center", va="bottom", fontsize=8,
+                    axis.text(place, 0.03, f"{100 * share:.3g}%", ha="center", va="bottom", fontsize=8,
                               bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85})
             axis.axhline(0.5, color=GREY, linestyle="--", linewidth=1)
             axis.set(ylim=(0, 1.02), xlim=(-0.6, max(len(some), min(len(rows), across)) - 0.4), xticks=range(len(some)),
