@@ -6,7 +6,7 @@ from lesion.report import classification, page, pictures, plots, plots_readers
 from lesion.report.page import bullets, contents, facts, figure, heading, paragraph
 
 CONTRASTS = (("O1", "S2"), ("A1", "S2"), ("W1", "S2w"))  # one factor each: repeated tiles, none, none under a weighted loss
-TILES, ROWS = 10, 4  # tiles of a set, sets: more would not leave room for the rest of the page
+TILES, ROWS, LIMITS = 10, 4, 7  # tiles of a set, sets, limits: more would not leave room for the rest of the page
 
 
 def build(results: dict, sections: dict[str, list[dict]], about: list[tuple[str, str]]) -> tuple[list, dict]:
@@ -32,6 +32,8 @@ def build(results: dict, sections: dict[str, list[dict]], about: list[tuple[str,
     if cells:
         rows.append(cells)
     said = _limits(results)
+    if len(said) > LIMITS:
+        said = [*said[:LIMITS], f"{len(said) - LIMITS} more in the parts that follow."]
     rows.append([*([[heading("Limits"), bullets(said)]] if said else []), [heading("About this report"), facts(about), contents()]])
     return rows, figures
 
