@@ -57,7 +57,7 @@ def test_too_few_for_a_verdict(tmp_path, setting, why):
     assert f"{page.difference(results['contrasts'][0]['metrics']['auroc'])})" in text
     assert "four times in five" not in text
     blocks, _, _ = classification.build(tmp_path, None)
-    rows = next(block["rows"] for block in blocks if block.get("caption", "").startswith("Differences"))
+    rows = next(block["rows"] for block in blocks if block.get("caption", "").startswith("Differences, "))
     assert {row[5] for row in rows} == {comparison.TOO_FEW}
     assert not any("[" in cell for row in rows for cell in row)
 
@@ -99,7 +99,7 @@ def test_shifted_threshold_is_called_so(tmp_path):
     assert "at 0.5" in text
     assert "a shifted threshold, not a better classifier" in text
     blocks, _, _ = classification.build(tmp_path, None)
-    rows = {row[1]: row for block in blocks if block.get("caption", "").startswith("Differences") for row in block["rows"]}
+    rows = {row[1]: row for block in blocks if block.get("caption", "").startswith("Differences, ") for row in block["rows"]}
     assert rows["recall at 0.5"][5] == rows["specificity at 0.5"][5] == comparison.SHIFTED
     assert rows["AUROC (primary)"][3] == rows["AUROC (primary)"][4]
     assert rows["ECE"][2:5] == [rows["ECE"][2].split(" ")[0], "–", "–"]
