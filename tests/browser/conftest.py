@@ -61,7 +61,7 @@ class LabelServer:
     def start(self):
         """Start, and note the links that are printed."""
         self.process = subprocess.Popen([sys.executable, "-m", "lesion", "label", str(self.folder), "--port", str(self.port),
-                                         "--no-browser", *self.flags], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+                                         "--no-browser", *self.flags], cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8")
         self.links = {}
         for line in self.process.stdout:
             name, _, rest = line.partition(": ")
