@@ -40,7 +40,7 @@ def world(tmp_path, monkeypatch):
     files.write_json(tmp_path / "runs" / "study" / "study.json", {})
     files.write_bytes(tmp_path / "runs" / "study" / "answers" / "reader-1.jsonl", b"{}")
     for place, path in enumerate(sorted((path for path in tmp_path.rglob("*") if path.is_file()), key=lambda path: (
-            "new" in str(path), path.parts[-4] == "classify"))):
+            "new" in str(path.relative_to(tmp_path)), path.parts[-4] == "classify"))):
         os.utime(path, (1000 + place, 1000 + place))
     return tmp_path
 
