@@ -9,6 +9,7 @@ import csv
 import io
 import lzma
 import re
+import shlex
 import struct
 import unicodedata
 import zipfile
@@ -191,8 +192,8 @@ def _fit(line, sign):
 
 
 def some(names: list[str]) -> str:
-    """The first six of `names`, for a message."""
-    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "") if names else "no columns"
+    """The first six of `names`, for a message of one line."""
+    return ", ".join(" ".join(name.split())[:40] for name in names[:6]) + (", ..." if len(names) > 6 else "") if names else "no columns"
 
 
 def label_of(value: object, place: str, label_map: dict[str, str] | None = None) -> str:
@@ -207,7 +208,8 @@ def label_of(value: object, place: str, label_map: dict[str, str] | None = None)
     except ValueError:
         pass
     if word not in LABELS:
-        hint = f", or say what it means with --label-map {word}=malignant" if re.search("[a-z]", word) and value is not None else ""
+        known = value is not None and len(word) < 60 and re.fullmatch(r"[\w .,/()-]*[^\W\d][\w .,/()-]*", word)
+        hint = f", or say what it means with --label-map {shlex.quote(word + '=malignant')}" if known else ""
         raise ValueError(f"{place}: label {value!r} is not allowed: use 0 or benign, 1 or malignant{hint}")
     return LABELS[word]
 
