@@ -149,14 +149,14 @@ def train(args) -> None:
 
 def load_vae(folder):
     """OUT/vae as the loader reads it. ValueError where stage one has not ended."""
-    from lesion.sd.checkpoint import assign, read_tensors
+    from lesion.sd import weights
     from lesion.sd.vae import VAE, VAEConfig
     path = folder / "vae" / "diffusion_pytorch_model.safetensors"
     if not path.is_file():
         raise ValueError(f"{path} is missing: run --stage vae first")
     with torch.device("meta"):
         vae = VAE(VAEConfig(pretrain.VAE_WIDTHS, norm_num_groups=pretrain.GROUPS))
-    assign(vae, read_tensors(path), path, {})
+    weights.assign(vae, weights.read(path)[0], path, {})
     return vae.float().eval().requires_grad_(False)
 
 
