@@ -238,6 +238,9 @@ def fill_from_newest_run(args) -> None:
     first = args.lora[0][0] if args.lora else None
     beside = (first if first.is_dir() else first.parent) / "args.json" if first else None
     run = files.read_json(beside) if beside and beside.is_file() else {}
+    for key in ("base", "tokenizer", "vae", "data", "label"):
+        if not isinstance(run.get(key, ""), str | None):
+            raise ValueError(f"{beside} is damaged: {key} is {run[key]!r}, expected text")
     if args.base is None and "base" not in run:
         raise ValueError(f"which base model? {args.lora[0][0]} does not stand in a run folder: give --base")
     args.base = args.base or run["base"]
@@ -258,7 +261,7 @@ def training_rows(args) -> list[dict]:
     ]
     if not rows:
         raise ValueError(f"{args.prompts_from} has no training tile labelled {args.label!r} to take prompts from")
-    without = [row["file_name"] for row in rows if not row.get("text")]
+    without = [row["file_name"] for row in rows if not row.get("text") or not isinstance(row["text"], str)]
     if without:
         raise ValueError(
             f"{args.prompts_from}: {len(without)} tiles have no text, first {without[0]}; run python -m lesion prepare or label"
@@ -323,15 +326,13 @@ def open_folder(out: Path, provenance: dict) -> None:
     path = out / "provenance.json"
     if path.is_file():
         old = files.read_json(path)
-        changed = [key for key in ("base_sha256", "loras", "settings") if old.get(key) != json.loads(json.dumps(provenance[key]))]
+        fresh = json.loads(json.dumps(provenance))
+        changed = [key for key in ("base_sha256", "loras", "settings") if old.get(key) != fresh[key]]
+        if changed == ["settings"] and isinstance(old.get("settings"), dict):
+            changed = [key for key in old["settings"] | fresh["settings"] if old["settings"].get(key) != fresh["settings"].get(key)]
         if changed:
-            what = (
-                [key for key in old["settings"] | provenance["settings"] if old["settings"].get(key) != provenance["settings"].get(key)]
-                if changed == ["settings"]
-                else changed
-            )
-            raise ValueError(f"{out} holds the images of another call (other {', '.join(what)}): give another --out")
-        if old == json.loads(json.dumps(provenance)):
+            raise ValueError(f"{out} holds the images of another call (other {', '.join(changed)}): give another --out")
+        if old == fresh:
             return
     elif out.exists() and any(entry.name[0] != "." for entry in out.iterdir()):
         raise ValueError(f"{out} exists and is not a folder of generate.py: give another --out")
@@ -371,7 +372,9 @@ def write_rows(out: Path, rows: list[dict], final: bool) -> None:
     """Manifest rows of the images that exist, with their SHA-256: appended as they come, at last written in order (a shorter call
     keeps a longer one's)."""
     path = out / files.MANIFEST
-    have = {row["file_name"]: row for row in files.read_jsonl(path)} if path.is_file() else {}
+    have = {row.get("file_name"): row for row in files.read_jsonl(path)} if path.is_file() else {}
+    if not all(isinstance(name, str) for name in have):
+        raise ValueError(f"{path} is damaged: a row has no file_name")
     fresh = [row | {"sha256": files.sha256_file(out / row["file_name"])} for row in rows
              if row["file_name"] not in have and (out / row["file_name"]).is_file()]
     if final:
