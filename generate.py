@@ -63,7 +63,10 @@ def parse(argv=None):
     group.add_argument("--seed", type=cli.number(int, low=0, high=2**32 - 1), default=0, help="of the first image; image i has SEED + i")
     group.add_argument("--batch-size", type=cli.number(int, low=1), default=8, help="images at a time")
     group.add_argument("--resolution", type=cli.resolution, help="side in pixels; default: the LoRA's, else 128")
-    group.add_argument("--precision", choices=("fp16", "bf16", "fp32"), help="default: fp16 on CUDA, fp32 on the CPU")
+    group.add_argument(
+        "--precision", choices=("fp16", "bf16", "fp32"), help="default: fp16 on CUDA; on a CPU bf16 if it is quick with it, else fp32"
+    )
+    group.add_argument("--plain", action="store_true", help="on a CPU: the plain layers, not the faster ones of lesion/sd/fast.py")
     group.add_argument("--gif", action="store_true", help=f"also DIR/denoising.gif, the first {GIF_TILES} images step by step")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     args = parser.parse_args(argv)
@@ -89,11 +92,11 @@ def generate(args) -> None:
     from lesion.lora import formats, layers
     from lesion.run import devices, sheets
     from lesion.run.state import files_sha256
-    from lesion.sd import checkpoint, pipeline
+    from lesion.sd import checkpoint, fast, pipeline
     from lesion.sd.vae import to_images_u8
     from lesion.tiles import seen
     rank, world, device = devices.process(args.device)
-    args.precision = args.precision or ("fp16" if device.type == "cuda" else "fp32")
+    args.precision = args.precision or fast.default_precision(device)
 
     # --- base and LoRA: read, checked, summed, merged ---
     sd = checkpoint.load(args.base, device, devices.DTYPES[args.precision], args.tokenizer, args.vae)
@@ -109,6 +112,8 @@ def generate(args) -> None:
     for name, network in networks.items():
         layers.set_factors(network, layers.of_network(combined, name))
         layers.merge(network)
+    if device.type == "cpu" and not args.plain:
+        fast.use(sd.unet, sd.text_encoder, sd.vae)
     base_sha256 = files_sha256(sd.files)
     trained = [metadata for *_, metadata in loras if {"lesion_resolution", "lesion_label", "lesion_base_sha256"} <= metadata.keys()]
     sizes = [resolution_of(metadata) for metadata in trained]
@@ -134,6 +139,7 @@ def generate(args) -> None:
         "eta": args.eta,
         "resolution": args.resolution,
         "precision": args.precision,
+        "plain": args.plain,
         "batch_size": args.batch_size,
         "first_seed": args.seed,
         "draw": args.draw,
