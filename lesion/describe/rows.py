@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lesion.describe import attributes
 from lesion.describe.prompts import FIXED_PROMPT, to_sentence, validate
 from lesion.run import cli, sheets
 from lesion.tiles import decode
@@ -23,6 +22,7 @@ def describe(rows: list[dict], folder: Path, structured: bool, workers: int) -> 
     for row in rows:
         _naming(row, validate, row["attributes"])
     if structured and bare:
+        from lesion.describe import attributes  # scikit-image: fixed prompts do without
         measures = attributes.measure_all([folder / row["file_name"] for row in bare], workers, cli.progress)
         quantiles = attributes.metadata_quantiles(row.get("metadata") or {} for row in rows)
         for row, measured in zip(bare, measures):
@@ -43,6 +43,7 @@ def _naming(row, function, *arguments):
 
 def outline_sheet(rows: list[dict], folder: Path) -> None:
     """Write `folder`/attributes.png: up to 64 tiles of every class by turns, outlined as measured, for people to look over."""
+    from lesion.describe import attributes
     by_label = [[row for row in rows if row["label"] == label] for label in sorted({row["label"] for row in rows})]
     some = [part[i] for part in by_label
             for i in np.linspace(0, len(part) - 1, min(len(part), 64 // len(by_label))).astype(int)]

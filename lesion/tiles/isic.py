@@ -21,7 +21,7 @@ from lesion.tiles.source import SUFFIXES, Source, label_table_of, matched, read_
 from lesion.tiles.tables import LABEL_COLUMNS, Table, file_table, header_of
 
 LABEL_TABLE = re.compile(r"GroundTruth.*\.csv$|^train-metadata\.csv$")
-MORE_TABLE = re.compile(r"Supplement.*\.csv$|^metadata\.csv$|_metadata\.csv$", re.IGNORECASE)
+MORE_TABLE = re.compile(r"Supplement.*\.csv$|LesionGroupings\.csv$|^metadata\.csv$|_metadata\.csv$", re.IGNORECASE)
 ELSEWHERE = re.compile(r"^sample_submission|^test[-_.]|split", re.IGNORECASE)  # tables of other tiles, or no labels
 
 

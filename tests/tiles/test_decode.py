@@ -384,11 +384,11 @@ def test_progress_sees_every_tile(folder):
 
 @pytest.mark.skipif(not os.environ.get("LESION_BIG"), reason="set LESION_BIG=1: loads the 8,980 real tiles twice")
 def test_nine_thousand_tiles_load_quickly(tmp_path, shared):
-    """The first load of 8,980 real tiles costs under 30 s of CPU a core, the second under half a second."""
+    """The first load of 8,980 real tiles costs under 30 s of CPU a core; the second, which hashes tiles and cache, under one."""
     with zipfile.ZipFile(shared / "isic2024" / "ISIC_2024_Permissive_Training_Input.zip") as archive:
         archive.extractall(tmp_path)
         rows = [{"file_name": name} for name in archive.namelist()]
-    for limit in (30 * os.cpu_count(), 0.5):
+    for limit in (30 * os.cpu_count(), 1.0):
         wall, cpu = time.perf_counter(), time.process_time()
         found = decode.load_tiles(tmp_path, rows, 128)
         cpu = time.process_time() - cpu
