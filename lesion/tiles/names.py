@@ -35,8 +35,7 @@ class Names:
 
 def is_hidden(name: str) -> bool:
     """Whether a path is a system's own: ._ twins and __MACOSX of macOS, other dot files, Windows' thumbnails."""
-    parts = name.split("/")
-    return any(part.startswith(".") or part == "__MACOSX" for part in parts) or parts[-1].lower() in ("thumbs.db", "desktop.ini")
+    return "/." in name or name.startswith(".") or "__MACOSX/" in name or name.lower().endswith(("thumbs.db", "desktop.ini"))
 
 
 def arrange(names: Iterable[str], read: Callable[[str], bytes], label_map: dict[str, str] | None = None,
@@ -80,7 +79,7 @@ def arrange(names: Iterable[str], read: Callable[[str], bytes], label_map: dict[
             extra = {"split": split} if split else {}
         elif folder:
             found.unlabelled[folder.rpartition("/")[2]] += 1
-        if beside := _beside(name, captions):
+        if captions and (beside := _beside(name, captions)):
             texts = sorted({text for caption in beside if (text := _caption(caption, read))})
             if len(texts) > 1:
                 raise ValueError(f"{name} has {len(texts)} different captions ({', '.join(beside)}): keep one")

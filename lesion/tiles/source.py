@@ -14,7 +14,8 @@ from lesion.run import files
 from lesion.tiles.tables import CAPTION_COLUMNS, DIAGNOSES, LABEL_COLUMNS, PICTURES, Table, columns, header_of, label_of, some, typed
 
 SUFFIXES = {"." + ending for ending in PICTURES}
-ID_BYTES = 200         # of a file name's 255: room for its ending and for a temporary name
+NO_NAME = re.compile(r"^\.|[/\\:\x00-\x1f\x7f]")
+ID_BYTES = 200  # of a file name's 255: room for its ending and for a temporary name
 
 
 @dataclass
@@ -51,11 +52,12 @@ def tile_id(value: object, place: str) -> str:
     name = files.plain_id(value)
     if name is None:
         raise ValueError(f"{place}: no isic_id")
-    name = unicodedata.normalize("NFC", files.check_text(name, f"{place}: isic_id"))
-    if re.search(r"[/\\:]", name) or name.startswith(".") or files.CONTROL.search(name):
+    if not name.isascii():
+        name = unicodedata.normalize("NFC", files.check_text(name, f"{place}: isic_id"))
+    if NO_NAME.search(name):
         raise ValueError(f"{place}: the id {name!r} is not allowed: an id names a file, so no / \\ : or control characters, and no "
                          "dot in front")
-    if len(name.encode()) > ID_BYTES:
+    if len(name) > ID_BYTES // 4 and len(name.encode()) > ID_BYTES:
         raise ValueError(f"{place}: the id {name[:40]!r}... is longer than {ID_BYTES} bytes")
     return name
 
