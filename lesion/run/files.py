@@ -216,6 +216,8 @@ def check_row(row: dict, place: str) -> None:
         if not isinstance(row.get(name), dict | None):
             raise ValueError(f"{place}: {name} is of type {type(row[name]).__name__}, expected an object of name: "
                              f"value")
+    if row.get("metadata"):
+        row["metadata"] = {name: value for name, value in row["metadata"].items() if value == value}
 
 
 def check_text(value: object, place: str) -> str | None:

@@ -36,7 +36,7 @@ def open_source(path: str | Path, ground_truth: str | Path | None = None, worker
     if _is_url(path):
         from lesion.tiles import remote
         source = remote.open_url(str(path), workers, label_map)
-        labels, more, absent = remote.tables_beside(str(path))
+        labels, more, absent = remote.tables_beside(str(path), bool(ground_truth))
     else:
         path = Path(path)
         if not path.exists():

@@ -233,19 +233,18 @@ def table_at(address: str) -> Table:
     return _table(address.partition("?")[0].rpartition("/")[2], lambda: data)
 
 
-def tables_beside(url: str) -> tuple[list[Table], list[Table], str]:
+def tables_beside(url: str, labels_given: bool = False) -> tuple[list[Table], list[Table], str]:
     """(label table, Supplement, what is absent) of the tables that go with an official archive's URL, each where there
-    is one."""
+    is one; the label table is not fetched where labels are given."""
     name = url.partition("?")[0].rpartition("/")[2]
     label = label_table_of(name)
-    found, absent = [], []
-    for other in (label, label.replace("GroundTruth", "Supplement")):
+    found, absent = {}, []
+    for other in ([] if labels_given else [label]) + [label.replace("GroundTruth", "Supplement")]:
         try:
-            found.append([table_at(url.replace(name, other))])
+            found[other] = [table_at(url.replace(name, other))]
         except Absent as error:
-            found.append([])
             absent.append(str(error))
-    return found[0], found[1], "; ".join(absent)
+    return found.pop(label, []), sum(found.values(), []), "; ".join(absent)
 
 
 def _table(name, fetch):
