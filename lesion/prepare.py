@@ -34,7 +34,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
                        "malignant/ folders, an imagefolder, kohya captions")
     group.add_argument("--ground-truth", metavar="CSV",
                        help="the label table (isic_id and malignant or target), where it is not beside the tiles")
-    group.add_argument("--label-map", nargs="+", action="extend", type=_label_word, metavar="NAME=LABEL", default=argparse.SUPPRESS,
+    group.add_argument("--label-map", nargs="+", action="extend", type=_label_word, metavar="NAME=LABEL",
+                       default=argparse.SUPPRESS,
                        help="what a folder's name, a table's word or a diagnosis stands for: benign, malignant or skip")
     group.add_argument("--out", type=Path, default=Path("data/isic2024"), metavar="DIR", help="folder to write")
     group.add_argument("--overwrite", action="store_true", help="replace another prepared set in --out")
@@ -101,7 +102,8 @@ def prepare(args) -> None:
             print(f"{args.out} already holds this data set; nothing to do")
             return
         if not args.overwrite:
-            raise ValueError(f"{args.out} holds this data set, but {damaged} is gone or changed: make it again with --overwrite")
+            raise ValueError(f"{args.out} holds this data set, but {damaged} is gone or changed: make it again with "
+                             f"--overwrite")
     if args.out.exists() and any(args.out.iterdir()) and not args.overwrite:
         raise ValueError(f"--out {args.out} holds another data set: choose another folder, or --overwrite")
     staging = args.out.parent / f".{args.out.name}.partial"
@@ -223,7 +225,8 @@ def fetch(source, ids: list[str], staging: Path) -> tuple[dict, list[str], list[
                         raise data
                     image = decode.decode(data, square=False)
                     if min(image.shape[:2]) < LEAST_SIDE:
-                        raise ValueError(f"{image.shape[1]}x{image.shape[0]} pixels, expected at least {LEAST_SIDE} a side")
+                        raise ValueError(f"{image.shape[1]}x{image.shape[0]} pixels, expected at least {LEAST_SIDE} a "
+                                         f"side")
                 except ValueError as error:
                     problems.append(f"{isic_id}: {error}")
                     continue

@@ -373,7 +373,8 @@ def test_a_finished_set_is_looked_at_before_it_is_called_finished(tmp_path, dama
     tile.unlink()
     if damage == "change":
         tile.write_bytes(before[:-1] + b"x")
-    with pytest.raises(ValueError, match=f"holds this data set, but {rows[3]['file_name']} is gone or changed: .* --overwrite"):
+    with pytest.raises(ValueError, match=f"holds this data set, but {rows[3]['file_name']} is gone or changed: .* "
+                                         f"--overwrite"):
         run(source, tmp_path / "out", "--split-file", csv)
 
 
@@ -424,7 +425,8 @@ def test_label_map_on_the_command_line(tmp_path, run_script):
 
 
 def test_odd_pictures_are_named(tmp_path, capsys):
-    """One pixel, five pixels and a strip are too small; four inks are kept and remarked on; 16 bits, frames, text are unreadable."""
+    """One pixel, five pixels and a strip are too small; four inks are kept and remarked on; 16 bits, frames, text are
+    unreadable."""
     folder = layouts.class_folders(tmp_path / "in")
     paths = sorted(folder.rglob("*.jpg"))
     for path, size in zip(paths, ((1, 1), (5, 5), (400, 3))):

@@ -39,7 +39,8 @@ def _is_bare(call):
 
 @pytest.mark.parametrize("line", [
     "open(p)", "open(p, 'w')", "open(p, mode='a')", "p.read_text()", "p.write_text(x)", "(a / b).read_text()", "p.open('w')",
-    "io.TextIOWrapper(f)", "subprocess.run(c, text=True)", "subprocess.Popen(c, universal_newlines=True)", "os.fdopen(d, 'w')",
+    "io.TextIOWrapper(f)", "subprocess.run(c, text=True)", "subprocess.Popen(c, "
+                                                           "universal_newlines=True)", "os.fdopen(d, 'w')",
     "tempfile.NamedTemporaryFile('w')", "open(p, newline='')"])
 def test_the_search_finds_every_bare_call(line):
     """Otherwise the search below would prove nothing."""
@@ -47,8 +48,10 @@ def test_the_search_finds_every_bare_call(line):
 
 
 @pytest.mark.parametrize("line", [
-    "open(p, 'rb')", "open(p, encoding='utf-8')", "p.read_text(encoding='utf-8')", "p.write_text(x, encoding='utf-8')", "Image.open(p)",
-    "os.open(p, flags)", "archive.open(member)", "tempfile.NamedTemporaryFile()", "subprocess.run(c, encoding='utf-8')", "p.open('rb')"])
+    "open(p, 'rb')", "open(p, encoding='utf-8')", "p.read_text(encoding='utf-8')", "p.write_text(x, "
+                                                                                   "encoding='utf-8')", "Image.open(p)",
+    "os.open(p, flags)", "archive.open(member)", "tempfile.NamedTemporaryFile()", "subprocess.run(c, "
+                                                                                  "encoding='utf-8')", "p.open('rb')"])
 def test_the_search_passes_what_says_its_encoding(line):
     """Bytes, and text that names its encoding, are no hits."""
     assert bare(ast.parse(line)) == []
@@ -75,7 +78,8 @@ cli.run(lambda: print(seen.check_synthetic(folder, rows, seen.Parts([], [], held
 
 
 def test_a_patient_named_in_utf8_is_found_under_another_locale(tmp_path, run_script):
-    """The leak check of patient "Müller" refuses the same under an ASCII locale, and its message can be printed there."""
+    """The leak check of patient "Müller" refuses the same under an ASCII locale, and its message can be printed
+    there."""
     (tmp_path / "check.py").write_text(SEEN, encoding="utf-8")
     lora = {"file": "ü.safetensors", "sha256": "ab", "train_files": [{"file_name": "a.jpg", "patient_id": "Müller"}]}
     (tmp_path / "provenance.json").write_text(json.dumps({"loras": [lora]}, ensure_ascii=False), encoding="utf-8")

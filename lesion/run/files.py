@@ -122,7 +122,8 @@ def read_json(path: Path) -> dict:
 
 
 def parse_json(data: bytes | str) -> object:
-    """The value of a JSON text; ValueError for anything else, nesting too deep and text too large for memory included."""
+    """The value of a JSON text; ValueError for anything else, nesting too deep and text too large for memory
+    included."""
     try:
         return json.loads(data)
     except RecursionError:
@@ -157,8 +158,8 @@ def append_jsonl(path: Path, *rows: dict) -> None:
 
 
 def read_jsonl(path: Path, whole: bool = False) -> list[dict]:
-    """Rows of a JSON-lines file. A torn last line (a crash in mid-write) is dropped, unless the file was to be `whole`; any
-    other bad line raises ValueError with its number."""
+    """Rows of a JSON-lines file. A torn last line (a crash in mid-write) is dropped, unless the file was to be `whole`;
+    any other bad line raises ValueError with its number."""
     rows = []
     lines = Path(path).read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
@@ -188,8 +189,8 @@ def is_missing(value: object) -> bool:
 
 
 def plain_id(value: object) -> str | None:
-    """An identifier as text, None where missing: 7, 7.0 and "7.0" are all "7", as a column with a hole turns whole numbers
-    into floats."""
+    """An identifier as text, None where missing: 7, 7.0 and "7.0" are all "7", as a column with a hole turns whole
+    numbers into floats."""
     if is_missing(value):
         return None
     text = str(value).strip()
@@ -197,8 +198,8 @@ def plain_id(value: object) -> str | None:
 
 
 def inside(name: object, place: str) -> str:
-    """A file name from a source as a relative path with forward slashes, without "./"; ValueError, naming `place`, for what is
-    no text, holds control characters, or leads out of its folder."""
+    """A file name from a source as a relative path with forward slashes, without "./"; ValueError, naming `place`, for
+    what is no text, holds control characters, or leads out of its folder."""
     if not isinstance(name, str) or is_missing(name):
         raise ValueError(f"{place}: no `file_name`")
     path = name.replace("\\", "/")
@@ -217,8 +218,8 @@ def within(path: Path, folder: Path) -> bool:
 def read_manifest(folder: Path) -> list[dict]:
     """Rows of `folder`/metadata.jsonl; ValueError if absent, empty, without `file_name`, or with one listed twice.
 
-    What is missing, however written (`is_missing`), is None; ids are text (`plain_id`). ValueError, too, names the row of a
-    value of the wrong type: a caption that is a number or a list, attributes that are no object.
+    What is missing, however written (`is_missing`), is None; ids are text (`plain_id`). ValueError, too, names the row
+    of a value of the wrong type: a caption that is a number or a list, attributes that are no object.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
@@ -237,7 +238,8 @@ def read_manifest(folder: Path) -> list[dict]:
 
 
 def check_row(row: dict, place: str) -> None:
-    """Put the known values of a manifest's row into their types: missing ones None, ids text. ValueError names `place`."""
+    """Put the known values of a manifest's row into their types: missing ones None, ids text. ValueError names
+    `place`."""
     for name, value in row.items():
         if value != value or name in KNOWN and is_missing(value):  # NaN, which is no JSON, in any column
             row[name] = None
@@ -251,7 +253,10 @@ def check_row(row: dict, place: str) -> None:
         raise ValueError(f"{place}: label is of type {type(row['label']).__name__}, expected text or a number")
     for name in ("attributes", "metadata"):
         if not isinstance(row.get(name), dict | None):
-            raise ValueError(f"{place}: {name} is of type {type(row[name]).__name__}, expected an object of name: value")
+            raise ValueError(f"{place}: {name} is of type {type(row[name]).__name__}, expected an object of name: "
+                             f"value")
+    if row.get("metadata"):
+        row["metadata"] = {name: value for name, value in row["metadata"].items() if value == value}
 
 
 def check_text(value: object, place: str) -> str | None:

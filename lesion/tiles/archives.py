@@ -1,7 +1,7 @@
 """Tiles in an archive on this machine: the official zip, or several, Kaggle's zip and hdf5 file, read in place.
 
-What an archive says of itself is not believed: sizes are bounded before anything is unpacked, hdf5 links and external storage
-are refused. Proven by tests/tiles/test_isic.py and tests/tiles/test_hostile.py.
+What an archive says of itself is not believed: sizes are bounded before anything is unpacked, hdf5 links and external
+storage are refused. Proven by tests/tiles/test_isic.py and tests/tiles/test_hostile.py.
 """
 import os
 import re
@@ -48,15 +48,17 @@ def zip_table(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Table:
 
 def check_table(member: zipfile.ZipInfo) -> None:
     """ValueError for a table that would unpack to more than TABLE_BYTES, or RATIO times its packed size."""
-    if member.file_size > TABLE_BYTES or member.file_size > (1 << 24) and member.file_size > RATIO * member.compress_size:
-        raise ValueError(f"{member.filename} would unpack from {member.compress_size:,} to {member.file_size:,} bytes: that is no "
+    if member.file_size > TABLE_BYTES or member.file_size > max(1 << 24, RATIO * member.compress_size):
+        raise ValueError(f"{member.filename} would unpack from {member.compress_size:,} to {member.file_size:,} bytes: "
+                         f"that is no "
                          "table of tiles")
 
 
 def check_tile(member: zipfile.ZipInfo) -> None:
     """ValueError for a tile that would unpack to more than TILE_BYTES."""
     if member.file_size > TILE_BYTES:
-        raise ValueError(f"{member.filename} would unpack to {member.file_size:,} bytes: a tile has at most {TILE_BYTES >> 20} MiB")
+        raise ValueError(f"{member.filename} would unpack to {member.file_size:,} bytes: a tile has at most "
+                         f"{TILE_BYTES >> 20} MiB")
 
 
 def tables_in(members: dict[str, zipfile.ZipInfo]) -> list[str]:
@@ -66,7 +68,8 @@ def tables_in(members: dict[str, zipfile.ZipInfo]) -> list[str]:
 
 
 def zips(paths: list[Path], label_map: dict[str, str] | None = None) -> Source:
-    """The tiles of zip files, and their tables; ValueError if one is damaged, or an id is there twice with different bytes."""
+    """The tiles of zip files, and their tables; ValueError if one is damaged, or an id is there twice with different
+    bytes."""
     archives = [_open_zip(path) for path in paths]
     members, number_of = {}, {}
     for number, (path, archive) in enumerate(zip(paths, archives)):
@@ -124,11 +127,14 @@ def hdf5(path: Path) -> Source:
         if not isinstance(tile, h5py.Dataset):
             raise ValueError(f"{path.name}: {name} is a group, not a tile")
         if tile.external or tile.is_virtual:
-            raise ValueError(f"{path.name}: {name} is stored in another file: only tiles stored in the file itself are read")
+            raise ValueError(f"{path.name}: {name} is stored in another file: only tiles stored in the file itself are "
+                             f"read")
         if tile.dtype.kind not in "VSu" or tile.dtype.kind == "u" and tile.dtype.itemsize > 1 or tile.ndim > 1:
-            raise ValueError(f"{path.name}: {name} is {tile.dtype} {list(tile.shape)}: the encoded bytes of a picture are expected")
+            raise ValueError(f"{path.name}: {name} is {tile.dtype} {list(tile.shape)}: the encoded bytes of a picture "
+                             f"are expected")
         if int(tile.dtype.itemsize) * int(tile.size) > TILE_BYTES:
-            raise ValueError(f"{path.name}: {name} has {int(tile.dtype.itemsize) * int(tile.size):,} bytes: a tile has at most "
+            raise ValueError(f"{path.name}: {name} has {int(tile.dtype.itemsize) * int(tile.size):,} bytes: a tile has "
+                             f"at most "
                              f"{TILE_BYTES >> 20} MiB")
         return tile
 
@@ -138,7 +144,8 @@ def hdf5(path: Path) -> Source:
             try:
                 yield isic_id, np.asarray(dataset(where[isic_id])[()]).tobytes()
             except DAMAGED as error:
-                yield isic_id, error if type(error) is ValueError else ValueError(f"{path.name}: {error or type(error).__name__}")
+                yield isic_id, error if type(error) is ValueError else ValueError(f"{path.name}: "
+                                                                                  f"{error or type(error).__name__}")
 
     def stamp(isic_id):
         try:

@@ -53,12 +53,13 @@ def check(name: str) -> str:
 def check_reference(reference: object, place: str) -> None:
     """ValueError, naming `place`, for what is no line of `skin_reference`."""
     try:
-        numbers = [float(v) for name in ("mean", "direction") for v in reference[name]]
-        whole = len(numbers) == 4 and all(len(reference[name]) == 2 for name in ("mean", "direction")) and np.isfinite(numbers).all()
+        numbers = np.array([[float(v) for v in reference[name]] for name in ("mean", "direction")])
+        whole = numbers.shape == (2, 2) and np.isfinite(numbers).all()
     except (TypeError, ValueError, KeyError):
         whole = False
     if not whole:
-        raise ValueError(f"{place}: color_norm_reference {reference!r} is not two numbers each of mean and direction: run prepare again")
+        raise ValueError(f"{place}: color_norm_reference {reference!r} is not two numbers each of mean and direction: "
+                         f"run prepare again")
 
 
 def minkowski_gains(image: np.ndarray, p: float) -> np.ndarray:

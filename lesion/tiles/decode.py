@@ -29,10 +29,11 @@ TILE_BYTES = 64 << 20  # encoded; the largest of ISIC's own challenges have unde
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # no other decoder is opened for a tile
 PIXELS = 50_000_000  # ISIC's largest have 24 million
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}
 MIDDLE_MM = 4.5  # median lesion 3 to 4 mm
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # PIXELS is lower, and an error
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\..*")  # of broken EXIF: `_orientation` goes on without
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\..*")  # of broken EXIF
 
 
 @dataclass
@@ -44,10 +45,11 @@ class Tiles:
 
 
 def decode(data: bytes, square: bool = True) -> np.ndarray:
-    """A tile's bytes as uint8 RGB [H,W,3], EXIF orientation applied, what is transparent on white; by default its central square.
+    """A tile's bytes as uint8 RGB [H,W,3], EXIF orientation applied, what is transparent on white; by default its
+    central square.
 
-    ValueError says why bytes are not a tile: no JPEG, PNG, WebP or BMP, truncated, 16 bits a channel, several frames, more than
-    PIXELS.
+    ValueError says why bytes are not a tile: no JPEG, PNG, WebP or BMP, truncated, 16 bits a channel, several frames,
+    more than PIXELS.
     """
     if data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:25] == b"\x10":
         raise ValueError("16 bits a channel, expected 8 bits a channel")  # Pillow would drop half of them in silence
@@ -57,7 +59,7 @@ def decode(data: bytes, square: bool = True) -> np.ndarray:
                 raise ValueError(f"{picture.width}x{picture.height} pixels: a tile has at most {PIXELS:,}")
             if picture.mode in ("I", "F") or picture.mode.startswith("I;"):
                 raise ValueError(f"mode {picture.mode}, expected 8 bits a channel")
-            if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":  # a phone's: the first is the photograph
+            if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":  # a phone's MPO: the first is the photo
                 raise ValueError(f"{picture.n_frames} frames, expected one picture")
             turn = _orientation(picture)
             if picture.has_transparency_data:
@@ -66,7 +68,7 @@ def decode(data: bytes, square: bool = True) -> np.ndarray:
             image = np.asarray(picture.transpose(turn) if turn is not None else picture)
     except UnidentifiedImageError:
         raise ValueError("not a picture: JPEG, PNG, WebP and BMP are read") from None
-    except Exception as error:  # what a decoder raises on hostile bytes has no list: struct.error, IndexError, MemoryError ...
+    except Exception as error:  # what decoders raise on hostile bytes has no list: struct.error, IndexError ...
         raise ValueError(str(error) or type(error).__name__) from None
     return central_square(image) if square else image
 
@@ -81,7 +83,8 @@ def _orientation(picture: Image.Image) -> Image.Transpose | None:
 
 
 def remark(data: bytes) -> str | None:
-    """What makes the colours of a readable tile doubtful: four inks, or a colour profile that is not sRGB's. Neither is applied."""
+    """What makes the colours of a readable tile doubtful: four inks, or a colour profile that is not sRGB's. Neither is
+    applied."""
     with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
         profile = picture.info.get("icc_profile")
         if picture.mode == "CMYK":
@@ -183,10 +186,10 @@ def recorded_norm(folder: Path) -> tuple[str, dict | None]:
 def load_tiles(folder: Path, rows: list[dict], resolution: int, progress: Callable | None = None) -> Tiles:
     """The tiles of `rows` (some of `folder`'s manifest) at resolution^2, under the set's recorded colour normalisation.
 
-    Cached in `folder`/.cache under the SHA-256 of what decides the pixels: file names and their bytes' SHA-256, resolution,
-    colour normalisation, this module's VERSION; a cache whose own SHA-256 is not the recorded one is decoded again. One that
-    cannot be written (read-only folder) is done without.
-    `progress` wraps the iterator of tiles, as `cli.progress` does. ValueError if `rows` is empty or none is readable.
+    Cached in `folder`/.cache under the SHA-256 of what decides the pixels: file names and their bytes' SHA-256,
+    resolution, colour normalisation, this module's VERSION; a cache whose own SHA-256 is not the recorded one is
+    decoded again. One that cannot be written (read-only folder) is done without. `progress` wraps the iterator of
+    tiles, as `cli.progress` does. ValueError if `rows` is empty or none is readable.
     """
     folder = Path(folder)
     if not rows:
@@ -201,6 +204,8 @@ def load_tiles(folder: Path, rows: list[dict], resolution: int, progress: Callab
     if len(problems) == len(rows):
         raise ValueError(f"{folder}: none of the {len(rows)} tiles is readable ({names[0]}: {problems[0][1]})")
     try:
+        for left in (folder / ".cache").glob(".tiles-*.tmp"):  # by a run that was killed while it wrote
+            left.unlink(missing_ok=True)
         with files.atomic_path(cached) as temporary, open(temporary, "wb") as file:
             np.save(file, images)
         files.write_json(listing, {"sha256": files.sha256_file(cached), "unreadable": problems})

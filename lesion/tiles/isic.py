@@ -8,9 +8,8 @@ Layouts (ISIC 2024 / SLICE-3D, Kurtansky et al. 2024, doi:10.1038/s41597-024-037
   folders named benign and malignant (also under train, val, test; also kohya's "10_malignant"); a Hugging Face
   imagefolder (metadata.jsonl or .csv with file_name: a prepared data set is one); kohya captions (.txt, .caption)
   beside any loose tiles.
-The readers: lesion/tiles/archives.py (zip, hdf5), loose.py (folders), remote.py (URL); what all share: names.py (what file
-names say), tables.py (csv), source.py.
-Proven by tests/tiles/test_isic.py.
+The readers: lesion/tiles/archives.py (zip, hdf5), loose.py (folders), remote.py (URL); what all share: names.py (what
+file names say), tables.py (csv), source.py. Proven by tests/tiles/test_isic.py.
 """
 import re
 import shlex
@@ -21,7 +20,7 @@ from lesion.tiles.source import SUFFIXES, Source, label_table_of, matched, read_
 from lesion.tiles.tables import LABEL_COLUMNS, Table, file_table, header_of
 
 LABEL_TABLE = re.compile(r"GroundTruth.*\.csv$|^train-metadata\.csv$")
-MORE_TABLE = re.compile(r"Supplement.*\.csv$|^metadata\.csv$|_metadata\.csv$", re.IGNORECASE)
+MORE_TABLE = re.compile(r"Supplement.*\.csv$|LesionGroupings\.csv$|^metadata\.csv$|_metadata\.csv$", re.IGNORECASE)
 ELSEWHERE = re.compile(r"^sample_submission|^test[-_.]|split", re.IGNORECASE)  # tables of other tiles, or no labels
 
 
@@ -29,15 +28,15 @@ def open_source(path: str | Path, ground_truth: str | Path | None = None, worker
                 label_map: dict[str, str] | None = None) -> Source:
     """Recognise the layout at `path` (folder, zip, hdf5, csv, URL); read which tiles, labels, patients, lesions it has.
 
-    `ground_truth`: the label csv, where it is not beside the tiles. `label_map`: what else stands for a label, a folder's
-    name, a word or a diagnosis (small letters) -> benign, malignant or skip. Tiles without a label and labels without a tile
-    are left out and counted in `notes`, files passed over in `skipped`. `workers`: connections to a URL. ValueError says what
-    is missing, wrong or twice.
+    `ground_truth`: the label csv, where it is not beside the tiles. `label_map`: what else stands for a label, a
+    folder's name, a word or a diagnosis (small letters) -> benign, malignant or skip. Tiles without a label and labels
+    without a tile are left out and counted in `notes`, files passed over in `skipped`. `workers`: connections to a URL.
+    ValueError says what is missing, wrong or twice.
     """
     if _is_url(path):
         from lesion.tiles import remote
         source = remote.open_url(str(path), workers, label_map)
-        labels, more, absent = remote.tables_beside(str(path))
+        labels, more, absent = remote.tables_beside(str(path), bool(ground_truth))
     else:
         path = Path(path)
         if not path.exists():
@@ -51,7 +50,8 @@ def open_source(path: str | Path, ground_truth: str | Path | None = None, worker
         labels, more = _tables_beside(folder, names, source, bool(ground_truth))
     if ground_truth:
         from lesion.tiles import remote
-        labels = [remote.table_at(str(ground_truth)) if _is_url(ground_truth) else file_table(ground_truth, "--ground-truth")]
+        labels = [remote.table_at(str(ground_truth)) if _is_url(ground_truth) else
+                  file_table(ground_truth, "--ground-truth")]
     inside = source.tables
     labels = labels or [table for table in inside if LABEL_TABLE.search(_base(table))] or \
         ([] if source.labels else [table for table in inside if _has_labels(table)])
@@ -98,20 +98,23 @@ def _tiles(path: Path, folder: Path, label_map: dict[str, str] | None) -> tuple[
     return loose.folder(folder, label_map), set()
 
 
-def _tables_beside(folder: Path, names: set[str], source: Source, labels_given: bool) -> tuple[list[Table], list[Table]]:
+def _tables_beside(folder: Path, names: set[str], source: Source,
+                   labels_given: bool) -> tuple[list[Table], list[Table]]:
     """(label tables, other tables) in `folder` and one level below (the archive's doubly nested folder).
 
-    Labels: tables of the official names; where neither these nor the tiles' folders say any, whatever table has a column of
-    ids and one of labels.
+    Labels: tables of the official names; where neither these nor the tiles' folders say any, whatever table has a
+    column of ids and one of labels.
     """
     paths = [p for p in sorted([*folder.glob("*.csv"), *folder.glob("*/*.csv")]) if not p.name.startswith(".")]
     named = [p for p in paths if LABEL_TABLE.search(p.name)]
     if len(named) > 1:  # several releases may share a folder: only their own labels belong to the tiles
         named = [p for p in named if p.name.lower() in names] or named
     labels = {p: file_table(p) for p in named}
-    if not labels and not labels_given and not source.labels and not any(LABEL_TABLE.search(_base(t)) for t in source.tables):
+    known = labels or labels_given or source.labels or any(LABEL_TABLE.search(_base(t)) for t in source.tables)
+    if not known:
         labels = {p: table for p in paths if not ELSEWHERE.search(p.name) and _has_labels(table := file_table(p))}
-    return list(labels.values()), [file_table(p) for p in sorted(paths, key=_order) if MORE_TABLE.search(p.name) and p not in labels]
+    more = [p for p in sorted(paths, key=_order) if MORE_TABLE.search(p.name) and p not in labels]
+    return list(labels.values()), [file_table(p) for p in more]
 
 
 def _order(path: Path) -> tuple:

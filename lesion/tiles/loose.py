@@ -13,7 +13,8 @@ from lesion.tiles.tables import CAPTION_COLUMNS, LABEL_COLUMNS, SPLITS, columns,
 
 
 def folder(folder: Path, label_map: dict[str, str] | None = None) -> Source:
-    """Loose tiles, however nested; labels and split by folder names where these say so, captions from files beside them."""
+    """Loose tiles, however nested; labels and split by folder names where these say so, captions from files beside
+    them."""
     names, linked = walk(folder)
     found = arrange(names, lambda name: _bytes(folder / name), label_map)
     if linked:
@@ -22,7 +23,8 @@ def folder(folder: Path, label_map: dict[str, str] | None = None) -> Source:
 
 
 def walk(folder: Path) -> tuple[list[str], int]:
-    """(paths of the files below `folder` with forward slashes, in order; how many links lead out of it and are passed over).
+    """(paths of the files below `folder` with forward slashes, in order; how many links lead out of it and are passed
+    over).
 
     ValueError for a folder that cannot be listed.
     """
@@ -76,7 +78,8 @@ def _from_paths(layout: str, folder: Path, where: dict, found: Names) -> Source:
 
 
 def listings(folder: Path) -> list[Path]:
-    """metadata.jsonl, or metadata.csv or another table with a file_name column, in `folder` or its train, val, test folders."""
+    """metadata.jsonl, or metadata.csv or another table with a file_name column, in `folder` or its train, val, test
+    folders."""
     found = []
     for place in [folder, *(p for p in sorted(folder.iterdir()) if p.is_dir() and p.name.lower() in SPLITS)]:
         if (place / files.MANIFEST).is_file():
@@ -99,7 +102,8 @@ def _lists_files(path):
 def imagefolder(folder: Path, tables: list[Path], label_map: dict[str, str] | None = None) -> Source:
     """The tiles that the `listings` of a folder name, with labels and all that came with them.
 
-    ValueError for a row without a label or with a file outside the folder, and for captions beside the tiles that no row has.
+    ValueError for a row without a label or with a file outside the folder, and for captions beside the tiles that no
+    row has.
     """
     where, found, listed = {}, Names(), set()
     for listing in tables:
@@ -124,7 +128,8 @@ def imagefolder(folder: Path, tables: list[Path], label_map: dict[str, str] | No
             if not path.is_file():
                 continue
             if not files.within(path, listing.parent):
-                raise ValueError(f"{place}: {path.name} is a link that leads out of the data set: put the file itself there")
+                raise ValueError(f"{place}: {path.name} is a link that leads out of the data set: put the file itself "
+                                 f"there")
             where[isic_id] = str(path)
             caption = next((name for name in CAPTION_COLUMNS if row.get(name)), None)
             if caption not in (None, "text"):
@@ -148,7 +153,8 @@ def _unlisted(folder, listed, where, found):
         if isic_id and not found.given[isic_id].get("text"):
             raise ValueError(f"{text} is a caption that the listing does not have: give it there as text")
     own = {"attributes.png"} if "dataset.json" in names else set()  # a prepared set's
-    rest = arrange([name for name in names if name not in {*listed, *texts, *own}], lambda name: b"", same=lambda a, b: True)
+    known = {*listed, *texts, *own}
+    rest = arrange([name for name in names if name not in known], lambda name: b"", same=lambda a, b: True)
     found.skipped.update(rest.skipped)
     if rest.where:
         found.skipped["tiles that are not listed"] += len(rest.where)

@@ -1,4 +1,5 @@
-"""What the names of files say, in a folder and in a zip alike: which are tiles, their ids, classes, splits and captions.
+"""What the names of files say, in a folder and in a zip alike: which are tiles, their ids, classes, splits and
+captions.
 
 Proven by tests/tiles/test_names.py.
 """
@@ -13,18 +14,20 @@ from lesion.run.files import check_text
 from lesion.tiles.source import SUFFIXES, tile_id
 from lesion.tiles.tables import SPLITS
 
-CLASS = re.compile(r"^(?:\d+[_ -])?malign(?:ant)?(?![a-z])|^(?:\d+[_ -])?benign(?![a-z])", re.IGNORECASE)  # kohya: "10_malignant x"
+CLASS = re.compile(r"^(?:\d+[_ -])?(malign|benign)(?:ant)?(?![a-z])", re.IGNORECASE)  # kohya: "10_malignant x"
 ISIC = re.compile(r"^ISIC_\d+", re.IGNORECASE)
 CAPTIONS = (".txt", ".caption")
 CAPTION_BYTES = 1 << 16
-ABOUT = re.compile(r"readme|licen[sc]e|attribution|credits|citation|changelog|requirements|notes|classes|labels", re.IGNORECASE)
+ABOUT = re.compile(r"readme|licen[sc]e|attribution|credits|citation|changelog|requirements|notes|classes|labels",
+                   re.IGNORECASE)
 TABLES = {".csv", ".tsv", ".json", ".jsonl"}
 CONVERT = {".tif", ".tiff", ".gif", ".heic", ".heif", ".avif", ".jp2", ".dcm", ".psd", ".raw", ".npy", ".ppm"}
 
 
 @dataclass
 class Names:
-    """`where`: isic_id -> file name; labels and splits by folder names, captions from files beside the tiles (`given`)."""
+    """`where`: isic_id -> file name; labels and splits by folder names, captions from files beside the tiles
+    (`given`)."""
     where: dict[str, str] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
     given: dict[str, dict] = field(default_factory=dict)
@@ -35,17 +38,17 @@ class Names:
 
 def is_hidden(name: str) -> bool:
     """Whether a path is a system's own: ._ twins and __MACOSX of macOS, other dot files, Windows' thumbnails."""
-    parts = name.split("/")
-    return any(part.startswith(".") or part == "__MACOSX" for part in parts) or parts[-1].lower() in ("thumbs.db", "desktop.ini")
+    return "/." in name or name.startswith(".") or "__MACOSX/" in name or \
+        name.lower().endswith(("thumbs.db", "desktop.ini"))
 
 
 def arrange(names: Iterable[str], read: Callable[[str], bytes], label_map: dict[str, str] | None = None,
             same: Callable[[str, str], bool] = lambda a, b: False) -> Names:
     """Sort the files `names` (paths with forward slashes, in their order) into tiles, captions and the rest.
 
-    An id is a file's name without its ending. Where class folders number their files each from 1, ids are made of folder and
-    name. `read`: name -> bytes, for captions. `label_map`: a folder's name in small letters -> benign, malignant or skip.
-    `same`: whether two files of one id hold the same bytes; the first is taken then.
+    An id is a file's name without its ending. Where class folders number their files each from 1, ids are made of
+    folder and name. `read`: name -> bytes, for captions. `label_map`: a folder's name in small letters -> benign,
+    malignant or skip. `same`: whether two files of one id hold the same bytes; the first is taken then.
 
     ValueError for one id twice, an id that is no name, a caption that is not UTF-8 or belongs to no tile.
     """
@@ -80,7 +83,7 @@ def arrange(names: Iterable[str], read: Callable[[str], bytes], label_map: dict[
             extra = {"split": split} if split else {}
         elif folder:
             found.unlabelled[folder.rpartition("/")[2]] += 1
-        if beside := _beside(name, captions):
+        if captions and (beside := _beside(name, captions)):
             texts = sorted({text for caption in beside if (text := _caption(caption, read))})
             if len(texts) > 1:
                 raise ValueError(f"{name} has {len(texts)} different captions ({', '.join(beside)}): keep one")
@@ -105,7 +108,8 @@ def _caption(name, read):
     try:
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text ({error.reason} at byte {error.start}): save the caption as UTF-8") from None
+        raise ValueError(f"{name} is not UTF-8 text ({error.reason} at byte {error.start}): save the caption as "
+                         f"UTF-8") from None
     if "\0" in text:
         raise ValueError(f"{name} holds zero bytes: save the caption as UTF-8")
     return check_text(text.strip(), name)
@@ -117,14 +121,16 @@ def _all_used(captions, used, tiles, found):
     lost = []
     for name in sorted(name for names in captions.values() for name in names if name not in used):
         folder, _, base = name.rpartition("/")
-        if ABOUT.search(base) or (folder not in folders and not re.search("caption|prompt|text", folder, re.IGNORECASE)):
+        apart = folder not in folders and not re.search("caption|prompt|text", folder, re.IGNORECASE)
+        if apart or ABOUT.search(base):
             found.skipped[os.path.splitext(base)[1].lower() + " about the set"] += 1
         else:
             lost.append(name)
-    if lost and not used and len(lost) <= max(2, len(tiles) // 10):  # lists such as train.txt, in a set without captions
+    if lost and not used and len(lost) <= max(2, len(tiles) // 10):  # lists such as train.txt, no captions anywhere
         found.skipped[".txt about the set"] += len(lost)
     elif lost:
-        raise ValueError(f"{len(lost)} captions belong to no tile (first: {lost[0]}): a caption lies beside its tile and has its name, "
+        raise ValueError(f"{len(lost)} captions belong to no tile (first: {lost[0]}): a caption lies beside its tile "
+                         f"and has its name, "
                          "a.txt for a.jpg; move or remove them")
 
 
@@ -136,7 +142,7 @@ def _class_of(folder, label_map):
             if known in label_map:
                 return label_map[known]
         if (match := CLASS.match(part)) and not ("benign" in part.lower() and "malign" in part.lower()):
-            return "benign" if "benign" in match[0].lower() else "malignant"
+            return "benign" if match[1].lower() == "benign" else "malignant"
     return None
 
 
@@ -153,7 +159,8 @@ def _identified(tiles, classes, found, same):
     if repeated:
         top = os.path.commonpath([name.rpartition("/")[0] for name in tiles])
         stems = {name: "_".join(PurePosixPath(os.path.splitext(name)[0]).relative_to(top).parts) for name in tiles}
-        found.notes.append(f"file names repeat between folders: an id is folder and name (such as {min(stems.values())})")
+        found.notes.append(f"file names repeat between folders: an id is folder and name (such as "
+                           f"{min(stems.values())})")
     taken = {}
     for name in tiles:
         isic_id = tile_id(stems[name], name)

@@ -57,7 +57,8 @@ class Remote:
                     self._check(answer)
                     size = answer.headers["Content-Range"].rpartition("/")[2]
                     if not size.isdigit():
-                        raise ValueError(f"{self.url}: the server does not say how large the file is: download it and give its path")
+                        raise ValueError(f"{self.url}: the server does not say how large the file is: download it and "
+                                         f"give its path")
                     return int(size)
             except requests.RequestException as error:
                 self._wait(attempt, error)
@@ -66,8 +67,8 @@ class Remote:
     def read(self, start: int, end: int) -> bytes:
         """Bytes start..end, both included. A broken connection is taken up again where it broke.
 
-        Raises ValueError where the server does not serve ranges, TRIES attempts in a row brought nothing, or less than SLOWEST
-        bytes a second come after the first GRACE_S.
+        Raises ValueError where the server does not serve ranges, TRIES attempts in a row brought nothing, or less than
+        SLOWEST bytes a second come after the first GRACE_S.
         """
         if end - start > TABLE_BYTES:
             raise ValueError(f"{self.url}: {end - start + 1:,} bytes at once: that is no archive of tiles")
@@ -75,8 +76,8 @@ class Remote:
         return self._in_time(limit, self._read, self._session(), start, end, time.monotonic() + limit)
 
     def _in_time(self, limit_s: float, function, *arguments):
-        """What `function` returns or raises; Unreachable after `limit_s`. A server that sends a byte now and then holds a thread
-        of its own, not us."""
+        """What `function` returns or raises; Unreachable after `limit_s`. A server that sends a byte now and then holds
+        a thread of its own, not us."""
         result = []
 
         def run():
@@ -89,7 +90,8 @@ class Remote:
         worker.start()
         worker.join(limit_s)
         if not result:
-            raise Unreachable(f"{self.url}: no whole answer within {limit_s:.0f} s: check the network; the same command goes on "
+            raise Unreachable(f"{self.url}: no whole answer within {limit_s:.0f} s: check the network; the same "
+                              f"command goes on "
                               "from here")
         if isinstance(result[0], Exception):
             raise result[0]
@@ -125,11 +127,13 @@ class Remote:
         if answer.status_code != 206 or "Content-Range" not in answer.headers:
             raise ValueError(f"{self.url}: the server does not serve ranges: download the file and give its path")
         if not answer.headers["Content-Range"].startswith(f"bytes {start}-"):
-            raise ValueError(f"{self.url}: asked for bytes from {start}, the server sent {answer.headers['Content-Range']!r}")
+            raise ValueError(f"{self.url}: asked for bytes from {start}, the server sent "
+                             f"{answer.headers['Content-Range']!r}")
 
     def _wait(self, idle: int, error: Exception | None) -> None:
         if idle >= TRIES - 1:
-            raise Unreachable(f"{self.url}: no answer after {TRIES} tries ({type(error).__name__ if error else 'closed early'}): "
+            raise Unreachable(f"{self.url}: no answer after {TRIES} tries "
+                              f"({type(error).__name__ if error else 'closed early'}): "
                               "check the network; the same command goes on from here") from None
         time.sleep(self.pause_s * 2 ** min(idle, 4))
 
@@ -193,9 +197,10 @@ def open_url(url: str, workers: int, label_map: dict[str, str] | None = None) ->
 
     found = arrange(members, lambda path: fetch(members[path]), label_map, same)
     where = found.where
-    tables = {path: _table(members[path].filename, lambda m=members[path]: fetch(m, check_table)) for path in tables_in(members)}
+    tables = [_table(members[path].filename, lambda m=members[path]: fetch(m, check_table))
+              for path in tables_in(members)]
     return Source("zip at a URL", where, read, lambda i: [members[where[i]].file_size, members[where[i]].CRC],
-                  lambda i: origin_of(name), list(tables.values()), found.labels, given=found.given, remote=True,
+                  lambda i: origin_of(name), tables, found.labels, given=found.given, remote=True,
                   suffix=lambda i: os.path.splitext(where[i])[1].lower(), notes=found.notes, skipped=found.skipped,
                   unlabelled=found.unlabelled)
 
@@ -228,18 +233,18 @@ def table_at(address: str) -> Table:
     return _table(address.partition("?")[0].rpartition("/")[2], lambda: data)
 
 
-def tables_beside(url: str) -> tuple[list[Table], list[Table], str]:
-    """(label table, Supplement, what is absent) of the tables that go with an official archive's URL, each where there is one."""
+def tables_beside(url: str, labels_given: bool = False) -> tuple[list[Table], list[Table], str]:
+    """(label table, Supplement, what is absent) of the tables that go with an official archive's URL, each where there
+    is one; the label table is not fetched where labels are given."""
     name = url.partition("?")[0].rpartition("/")[2]
     label = label_table_of(name)
-    found, absent = [], []
-    for other in (label, label.replace("GroundTruth", "Supplement")):
+    found, absent = {}, []
+    for other in ([] if labels_given else [label]) + [label.replace("GroundTruth", "Supplement")]:
         try:
-            found.append([table_at(url.replace(name, other))])
+            found[other] = [table_at(url.replace(name, other))]
         except Absent as error:
-            found.append([])
             absent.append(str(error))
-    return found[0], found[1], "; ".join(absent)
+    return found.pop(label, []), sum(found.values(), []), "; ".join(absent)
 
 
 def _table(name, fetch):

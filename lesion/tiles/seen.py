@@ -19,7 +19,8 @@ class Parts:
 
 
 def train_files(data: Path, rows: list[dict]) -> list[dict]:
-    """What the LoRA is about to see: {file_name, sha256, patient_id} a tile; the experiments' leak check compares these."""
+    """What the LoRA is about to see: {file_name, sha256, patient_id} a tile; the experiments' leak check compares
+    these."""
     return [{"file_name": row["file_name"], "sha256": files.sha256_file(Path(data) / row["file_name"]),
              "patient_id": row.get("patient_id")} for row in rows]
 
@@ -35,21 +36,24 @@ def files_seen(seen: list[dict], start: Path | None) -> list[dict] | None:
 
 
 def files_of_lora(lora: Path) -> list[dict] | None:
-    """The tiles that a LoRA file of a run folder (or of its checkpoints/) has seen; None if the file stands elsewhere."""
+    """The tiles that a LoRA file of a run folder (or of its checkpoints/) has seen; None if the file stands
+    elsewhere."""
     for folder in (lora.parent, lora.parent.parent):
         path = folder / "train_files.json"
         if path.is_file():
             try:
                 return _checked(files.parse_json(path.read_bytes()))
             except ValueError as error:
-                raise ValueError(f"{path} is damaged ({error}): it lists the tiles that the LoRA saw, one object each with file_name") \
+                raise ValueError(f"{path} is damaged ({error}): it lists the tiles that the LoRA saw, one object each "
+                                 f"with file_name") \
                     from None
     return None
 
 
 def _checked(tiles: object) -> list[dict]:
     """A list of {file_name, sha256, patient_id} with known types; ValueError for anything else."""
-    if not isinstance(tiles, list) or not all(isinstance(tile, dict) and isinstance(tile.get("file_name"), str) for tile in tiles):
+    if not isinstance(tiles, list) or \
+            not all(isinstance(tile, dict) and isinstance(tile.get("file_name"), str) for tile in tiles):
         raise ValueError("not a list of tiles")
     for tile in tiles:
         files.check_row(tile, tile["file_name"])

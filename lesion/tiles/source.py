@@ -1,4 +1,5 @@
-"""What every reader of tiles gives: which tiles there are, whose they are, how to read them; and the tables joined to it.
+"""What every reader of tiles gives: which tiles there are, whose they are, how to read them; and the tables joined to
+it.
 
 Tables are read twice, for the few columns that decide the sample and then for the sampled tiles only: 400,000 rows of
 55 columns never stand in memory. Proven by tests/tiles/test_isic.py.
@@ -14,7 +15,8 @@ from lesion.run import files
 from lesion.tiles.tables import CAPTION_COLUMNS, DIAGNOSES, LABEL_COLUMNS, PICTURES, Table, columns, header_of, label_of, some, typed
 
 SUFFIXES = {"." + ending for ending in PICTURES}
-ID_BYTES = 200         # of a file name's 255: room for its ending and for a temporary name
+NO_NAME = re.compile(r"^\.|[/\\:\x00-\x1f\x7f]")
+ID_BYTES = 200  # of a file name's 255: room for its ending and for a temporary name
 
 
 @dataclass
@@ -45,17 +47,19 @@ class Source:
 def tile_id(value: object, place: str) -> str:
     """An identifier from a source, checked to be a file's name and never a path. The one rule for every reader.
 
-    Unicode's composed form (NFC). ValueError, naming `place`, for none, for separators of any system, a drive's colon, control
-    characters, a dot in front, or more than ID_BYTES.
+    Unicode's composed form (NFC). ValueError, naming `place`, for none, for separators of any system, a drive's colon,
+    control characters, a dot in front, or more than ID_BYTES.
     """
     name = files.plain_id(value)
     if name is None:
         raise ValueError(f"{place}: no isic_id")
-    name = unicodedata.normalize("NFC", files.check_text(name, f"{place}: isic_id"))
-    if re.search(r"[/\\:]", name) or name.startswith(".") or files.CONTROL.search(name):
-        raise ValueError(f"{place}: the id {name!r} is not allowed: an id names a file, so no / \\ : or control characters, and no "
+    if not name.isascii():
+        name = unicodedata.normalize("NFC", files.check_text(name, f"{place}: isic_id"))
+    if NO_NAME.search(name):
+        raise ValueError(f"{place}: the id {name!r} is not allowed: an id names a file, so no / \\ : or control "
+                         f"characters, and no "
                          "dot in front")
-    if len(name.encode()) > ID_BYTES:
+    if len(name) > ID_BYTES // 4 and len(name.encode()) > ID_BYTES:
         raise ValueError(f"{place}: the id {name[:40]!r}... is longer than {ID_BYTES} bytes")
     return name
 
@@ -63,7 +67,8 @@ def tile_id(value: object, place: str) -> str:
 def read_labels(table: Table, source: Source, label_map: dict[str, str] | None = None) -> None:
     """Put the labels of a table into `source`: from a column of LABEL_COLUMNS, or one column a diagnosis (ISIC 2019).
 
-    `label_map`: word -> benign, malignant or skip. ValueError names the line of a label that is missing, wrong or twice.
+    `label_map`: word -> benign, malignant or skip. ValueError names the line of a label that is missing, wrong or
+    twice.
     """
     names, label_map = header_of(table), label_map or {}
     present = [name for name in LABEL_COLUMNS if name in names]
@@ -74,9 +79,10 @@ def read_labels(table: Table, source: Source, label_map: dict[str, str] | None =
     rule = {**DIAGNOSES, **label_map} if classes or wanted == ["dx"] else label_map
     if classes or wanted == ["dx"]:
         named = classes or [name.upper() for name in DIAGNOSES]
-        groups = {label: ", ".join(n for n in named if rule[n.lower()] == label) for label in ("malignant", "benign", "skip")}
-        source.notes.append(f"{table.name}: " + "; ".join(f"{label} are {group}" for label, group in groups.items() if group)
-                            + " (--label-map NAME=LABEL changes it)")
+        groups = {label: ", ".join(n for n in named if rule[n.lower()] == label)
+                  for label in ("malignant", "benign", "skip")}
+        said = "; ".join(f"{label} are {group}" for label, group in groups.items() if group)
+        source.notes.append(f"{table.name}: {said} (--label-map NAME=LABEL changes it)")
     seen = {}
     for line, (isic_id, *values) in columns(table, ["isic_id", *wanted], required="isic_id"):
         place = f"{table.name}, line {line}"
@@ -87,7 +93,8 @@ def read_labels(table: Table, source: Source, label_map: dict[str, str] | None =
         if classes:
             chosen = [name for name, value in zip(classes, values) if _share(value, place) >= 0.5]
             if len(chosen) != 1:
-                raise ValueError(f"{place}, {isic_id}: {len(chosen)} of the columns {', '.join(classes)} are 1, expected one")
+                raise ValueError(f"{place}, {isic_id}: {len(chosen)} of the columns {', '.join(classes)} are 1, "
+                                 f"expected one")
             label = rule[chosen[0].lower()]
         elif values[0] is None and wanted[0] not in ("malignant", "target", "label"):
             label = "skip"  # isic-cli leaves the column empty for pictures without a diagnosis
@@ -111,7 +118,8 @@ def _share(value, place):
 
 
 def read_groups(table: Table, source: Source) -> None:
-    """Patients, lesions and captions of a table; the first table that names one wins. Equal values share their memory."""
+    """Patients, lesions and captions of a table; the first table that names one wins. Equal values share their
+    memory."""
     names = header_of(table)
     caption = next((name for name in CAPTION_COLUMNS if name in names), "")
     if "isic_id" not in names or not {"patient_id", "lesion_id", caption} & set(names):
@@ -143,12 +151,14 @@ def metadata(source: Source, ids: Iterable[str]) -> dict[str, dict]:
 def matched(source: Source) -> Source:
     """Only tiles that have a label, in order of isic_id; what was left out is noted."""
     if not source.where:
-        found = f": it holds {source.skipped.total()} other files, {source.account().partition('; ')[2]}" if source.skipped else ""
+        found = f": it holds {source.skipped.total()} other files, {source.account().partition('; ')[2]}" \
+            if source.skipped else ""
         raise ValueError(f"no tiles ({', '.join(sorted(SUFFIXES))}) found in this {source.layout}{found}")
     unlabelled, absent = source.where.keys() - source.labels.keys(), source.labels.keys() - source.where.keys()
     if source.unlabelled and unlabelled and not source.tables:
         folder, count = source.unlabelled.most_common(1)[0]
-        raise ValueError(f"the folder {folder!r} ({count} pictures) is neither benign nor malignant: say what its tiles are with "
+        raise ValueError(f"the folder {folder!r} ({count} pictures) is neither benign nor malignant: say what its "
+                         f"tiles are with "
                          f"--label-map {shlex.quote(folder + '=malignant')} (or =benign, or =skip)")
     if len(unlabelled) == len(source.where):
         raise ValueError(f"none of the {len(source.where)} tiles has a label: is the label table of another release? "

@@ -1,7 +1,8 @@
 """sRGB and CIELAB, once: the transfer curve (IEC 61966-2-1) and the way to L*a*b* (CIE 15) under D65, 2 degrees.
 
 Written out and not scikit-image's: its matrix and white point are rounded to six digits, which moves L*a*b* by up to
-0.005 and with it attributes at a class edge; these are Lindbloom's seven. Proven by tests/tiles/test_colour.py against it.
+0.005 and with it attributes at a class edge; these are Lindbloom's seven. Proven by tests/tiles/test_colour.py against
+it.
 """
 import numpy as np
 

@@ -1,7 +1,7 @@
 """csv tables of tiles, read row by row: 400,000 rows of 55 columns never stand in memory. Labels and numbers in them.
 
-Tables come as people save them: UTF-8, UTF-16 or Latin-1, with commas, semicolons, tabs or bars; what was found is said in
-`Table.notes`. Proven by tests/tiles/test_tables.py.
+Tables come as people save them: UTF-8, UTF-16 or Latin-1, with commas, semicolons, tabs or bars; what was found is said
+in `Table.notes`. Proven by tests/tiles/test_tables.py.
 """
 import codecs
 import contextlib
@@ -21,8 +21,9 @@ from typing import BinaryIO
 
 from lesion.run.files import is_missing, plain_id
 
-READ_ERRORS = (OSError, EOFError, RuntimeError, UnicodeError, MemoryError, OverflowError, csv.Error, struct.error, zipfile.BadZipFile,
-               zlib.error, lzma.LZMAError)  # of a damaged or hostile archive or table; NotImplementedError is a RuntimeError
+# of a damaged or hostile archive or table; NotImplementedError and RecursionError are RuntimeErrors
+READ_ERRORS = (OSError, EOFError, RuntimeError, UnicodeError, MemoryError, OverflowError, csv.Error, struct.error,
+               zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 LABELS = {"0": "benign", "benign": "benign", "false": "benign",
           "1": "malignant", "malignant": "malignant", "malign": "malignant", "true": "malignant"}
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -30,8 +31,8 @@ ID_COLUMNS = ("isic_id", "image_name", "image_id", "image", "filename", "id")  #
 LABEL_COLUMNS = ("malignant", "target", "label", "benign_malignant", "diagnosis_1", "dx")
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 KNOWN = {*ID_COLUMNS, *LABEL_COLUMNS, *CAPTION_COLUMNS, "patient_id", "lesion_id", "split", "file_name", "attributes"}
-DIAGNOSES = {"mel": "malignant", "bcc": "malignant", "scc": "malignant", "akiec": "malignant", "nv": "benign", "ak": "benign",
-             "bkl": "benign", "df": "benign", "vasc": "benign", "unk": "skip"}  # ISIC 2018 to 2019, HAM10000
+DIAGNOSES = {"mel": "malignant", "bcc": "malignant", "scc": "malignant", "akiec": "malignant", "nv": "benign",
+             "ak": "benign", "bkl": "benign", "df": "benign", "vasc": "benign", "unk": "skip"}  # ISIC 2018 to 2019, HAM10000
 PICTURES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp")
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 TABLE_BYTES = 2 << 30  # Kaggle's, the largest known, has 246 MB
@@ -67,9 +68,9 @@ def columns(table: Table, wanted: Iterable[str], required: str | None = None,
             only: dict | None = None) -> Iterator[tuple[int, list[str | None]]]:
     """(line number, values of `wanted` in order; None where missing, empty or NA) of each row of a csv table.
 
-    `only`: rows whose first wanted value is in it. Column names of `KNOWN` are found in any case, ids without a picture's
-    ending. Empty rows are passed over, cells missing at a row's end are empty. ValueError without the column `required`, or
-    where a row has more cells than the header.
+    `only`: rows whose first wanted value is in it. Column names of `KNOWN` are found in any case, ids without a
+    picture's ending. Empty rows are passed over, cells missing at a row's end are empty. ValueError without the column
+    `required`, or where a row has more cells than the header.
     """
     with _reader(table) as (reader, header, decimal_comma):
         if required and required not in header:
@@ -80,14 +81,16 @@ def columns(table: Table, wanted: Iterable[str], required: str | None = None,
             if len(row) > len(header) and not any(cell.strip() for cell in row[len(header):]):
                 row = row[:len(header)]
             if len(row) > len(header):
-                raise ValueError(f"{table.name}, line {reader.line_num}: {len(row)} columns, the header has {len(header)}")
+                raise ValueError(f"{table.name}, line {reader.line_num}: {len(row)} columns, the header has "
+                                 f"{len(header)}")
             if not any(cell.strip() for cell in row):
                 continue
             if len(row) < len(header):
                 table.say(f"{table.name} has rows with fewer cells than its header: the missing ones count as empty")
                 row += [""] * (len(header) - len(row))
             if only is None or bare_id(row[first]) in only:
-                yield reader.line_num, [None if i is None else _value(row[i], is_id, decimal_comma) for i, is_id in places]
+                yield reader.line_num, [None if i is None else _value(row[i], is_id, decimal_comma)
+                                        for i, is_id in places]
 
 
 def header_of(table: Table) -> list[str]:
@@ -108,7 +111,8 @@ def _value(cell, is_id, decimal_comma):
 
 
 def bare_id(cell: str) -> str:
-    """An id as tables write it, without spaces around, folders before and a picture's ending, in Unicode's composed form (NFC)."""
+    """An id as tables write it, without spaces around, folders before and a picture's ending, in Unicode's composed
+    form (NFC)."""
     cell = cell.strip()
     if ("/" in cell or "\\" in cell) and not LEADS_OUT.search(cell):  # else it stays as it is, to be refused
         cell = cell.replace("\\", "/").rpartition("/")[2]
@@ -162,7 +166,8 @@ def _form(table):
         first = lines[1] if hint and len(lines) > 1 else lines[0]
         delimiter = max(DELIMITERS, key=lambda sign: _fit(first, sign))
         if encoding not in ("utf-8", "utf-8-sig"):
-            table.say(f"{table.name} is not UTF-8: read as {'UTF-16' if encoding.startswith('utf') else 'Latin-1 (Windows-1252)'}")
+            table.say(f"{table.name} is not UTF-8: read as "
+                      f"{'UTF-16' if encoding.startswith('utf') else 'Latin-1 (Windows-1252)'}")
         if delimiter != ",":
             table.say(f"{table.name} is separated by {DELIMITERS[delimiter]}")
         table.form = encoding, delimiter, int(bool(hint))
@@ -196,12 +201,13 @@ def _fit(line, sign):
 
 def some(names: list[str]) -> str:
     """The first six of `names`, for a message of one line."""
-    return ", ".join(" ".join(name.split())[:40] for name in names[:6]) + (", ..." if len(names) > 6 else "") if names else "no columns"
+    shown = ", ".join(" ".join(name.split())[:40] for name in names[:6])
+    return shown + (", ..." if len(names) > 6 else "") if names else "no columns"
 
 
 def label_of(value: object, place: str, label_map: dict[str, str] | None = None) -> str:
-    """"benign" or "malignant" from 0 or 1, however written, or the word; `label_map` (small letters) goes before and may say
-    "skip". ValueError names the place otherwise."""
+    """"benign" or "malignant" from 0 or 1, however written, or the word; `label_map` (small letters) goes before and
+    may say "skip". ValueError names the place otherwise."""
     word = str(value).strip().lower()
     if label_map and word in label_map:
         return label_map[word]

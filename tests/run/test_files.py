@@ -192,9 +192,9 @@ def test_manifest_rules(tmp_path, rows, problem):
 def test_what_is_missing_is_none(tmp_path, missing):
     """A hole in a known column is None however pandas wrote it; NaN, which is no JSON, in any column."""
     files.write_manifest(tmp_path, [{"file_name": "a", "text": missing, "patient_id": missing, "split": missing, "label": missing,
-                                     "age": float("nan"), "site": ""}])
+                                     "age": float("nan"), "site": "", "metadata": {"a": 1, "b": float("nan")}}])
     assert files.read_manifest(tmp_path) == [{"file_name": "a", "text": None, "patient_id": None, "split": None, "label": None,
-                                              "age": None, "site": ""}]
+                                              "age": None, "site": "", "metadata": {"a": 1}}]
 
 
 def test_known_columns_have_their_types(tmp_path):

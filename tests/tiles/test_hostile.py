@@ -1,4 +1,5 @@
-"""Hostile sources: nothing is read outside the source or written outside the folder, sizes are not believed, no traceback."""
+"""Hostile sources: nothing is read outside the source or written outside the folder, sizes are not believed, no
+traceback."""
 import io
 import json
 import os
@@ -56,7 +57,8 @@ def test_a_listing_leads_nowhere(tmp_path, name, kind, column):
 
 
 def test_links_that_lead_out_are_not_followed(tmp_path):
-    """A linked tile or folder of a source is counted, not read, in loose folders and listings; a link inside is fine."""
+    """A linked tile or folder of a source is counted, not read, in loose folders and listings; a link inside is
+    fine."""
     secret = tmp_path / "secret"
     secret.mkdir()
     (secret / "s.jpg").write_bytes(layouts.jpeg(5, 20))
@@ -88,7 +90,8 @@ def hdf5(path, **tiles):
 
 
 def test_hdf5_reads_only_itself(tmp_path):
-    """External storage, external and soft links, virtual and huge datasets, groups and numbers are named as unreadable."""
+    """External storage, external and soft links, virtual and huge datasets, groups and numbers are named as
+    unreadable."""
     secret = tmp_path / "secret.bin"
     secret.write_bytes(layouts.jpeg(3, 20))
     size = secret.stat().st_size
@@ -114,8 +117,10 @@ def test_hdf5_reads_only_itself(tmp_path):
     start = time.perf_counter()
     read = dict(source.read(layouts.IDS))
     assert time.perf_counter() - start < 2
-    for number, why in enumerate(["stored in another file", "is a link", "is a link", "stored in another file", "is a group",
-                                  "1,099,511,627,776 bytes: a tile has at most 64 MiB", "is float64", "is uint8 .4, 4."]):
+    for number, why in enumerate(["stored in another file", "is a link", "is a link", "stored in another "
+                                                                                      "file", "is a group",
+                                  "1,099,511,627,776 bytes: a tile has at most 64 MiB", "is float64", "is uint8 .4, "
+                                                                                                      "4."]):
         assert isinstance(read[layouts.IDS[number]], ValueError)
         assert why.split(" .")[0] in str(read[layouts.IDS[number]])
         assert source.stamp(layouts.IDS[number])[0] == -1
@@ -136,7 +141,8 @@ def bomb(path, name, size, data=b"\0"):
 
 
 def test_a_zip_bomb_is_not_unpacked(tmp_path):
-    """A tile that would unpack to 128 MiB, a table that packs a thousand times: named by their sizes, nothing is unpacked."""
+    """A tile that would unpack to 128 MiB, a table that packs a thousand times: named by their sizes, nothing is
+    unpacked."""
     source = isic.open_source(bomb(tmp_path / "a.zip", "benign/x.jpg", 128 << 20))
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     (_, error), = source.read(["x"])
@@ -170,7 +176,8 @@ def test_a_zip_that_lies_about_a_size(tmp_path):
 
 @pytest.mark.parametrize("damage", range(40))
 def test_damaged_zips_end_in_one_line(tmp_path, damage):
-    """Forty zips with forty random bytes changed, in pictures, headers, directory: ValueError or tiles, nothing else."""
+    """Forty zips with forty random bytes changed, in pictures, headers, directory: ValueError or tiles, nothing
+    else."""
     path = layouts.official_zip(tmp_path, metadata=True)
     rng, data = np.random.default_rng(damage), bytearray(path.read_bytes())
     low = len(data) - 4000 if damage % 2 else 0  # every second one in the directory
@@ -211,7 +218,8 @@ def test_a_picture_of_too_many_pixels_is_not_decoded():
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "PPM", "ICO", "EPS", "PCX", "TGA", "JPEG2000"])
 def test_no_other_decoder_is_opened(kind, monkeypatch):
-    """JPEG, PNG, WebP and BMP are read; another kind, whatever its ending, meets no decoder (EPS would look for Ghostscript)."""
+    """JPEG, PNG, WebP and BMP are read; another kind, whatever its ending, meets no decoder (EPS would look for
+    Ghostscript)."""
     stream = io.BytesIO()
     Image.new("RGB", (32, 32), (200, 150, 130)).save(stream, kind)
     monkeypatch.setattr("subprocess.Popen", None)
@@ -317,7 +325,8 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
     b'{"file_name": "a.jpg", "attributes": [1]}\n', b'{"file_name": "a.jpg", "label": {}}\n', b'{"file_name": "a.jpg", "patient_id": []}\n',
     b'{"file_name": "a.jpg", "text": "\\ud800"}\n', b'{"file_name": "a.jpg", "split": 4}\n', b'{"file_name": "a.jpg"}\n{"file_na'])
 def test_a_manifest_of_wrong_types_is_named(tmp_path, data):
-    """Nesting without end, wrong types, half a character, a last row cut off: ValueError with file and line, at once."""
+    """Nesting without end, wrong types, half a character, a last row cut off: ValueError with file and line, at
+    once."""
     (tmp_path / "metadata.jsonl").write_bytes(data)
     with pytest.raises(ValueError, match=r"metadata.jsonl, (line|row) \d"):
         files.read_manifest(tmp_path)

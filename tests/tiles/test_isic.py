@@ -166,7 +166,7 @@ def test_labels_without_tiles_and_tiles_without_labels_are_counted(tmp_path):
     (lambda d: (d / "x.tar", (d / "x.tar").write_bytes(b""))[0], "is not a folder, .zip, .hdf5 or .csv file"),
     (lambda d: (d, (d / "a_GroundTruth.csv").write_text("isic_id,malignant\na,0\n", encoding="utf-8"))[0], "no tiles"),
     (lambda d: (d, (d / "a_GroundTruth.csv").write_bytes(b"isic_id,malignant\n\xff\xfe\0,0\n"))[0],
-     "no tiles"),
+     "line 2: the id .* is not allowed"),
     (lambda d: (layouts.imagefolder(d), edit(d / "metadata.jsonl", '"label": 1', '"label": 3'))[0],
      "row 1: label 3 is not"),
     (lambda d: (layouts.imagefolder(d), edit(d / "metadata.jsonl", '"text"', '"split": "holdout", "text"'))[0],

@@ -1,4 +1,5 @@
-"""What file names say, in a folder and in a zip alike: ids, classes, splits, captions, and a count of what is passed over."""
+"""What file names say, in a folder and in a zip alike: ids, classes, splits, captions, and a count of what is passed
+over."""
 import zipfile
 
 import layouts
@@ -41,7 +42,8 @@ KINDS = pytest.mark.parametrize("make", [as_folder, as_zip, as_windows_zip])
 
 @KINDS
 def test_numbered_files_of_each_class_are_different_tiles(tmp_path, make):
-    """1.jpg of benign/ and 1.jpg of malignant/, also under train/ and test/: ids of folder and name, no tile lost, said."""
+    """1.jpg of benign/ and 1.jpg of malignant/, also under train/ and test/: ids of folder and name, no tile lost,
+    said."""
     contents = {f"{split}/{name}": data + split.encode() for split in ("train", "test") for name, data in TILES.items()}
     source = isic.open_source(make(tmp_path, contents))
     assert len(source.where) == 12
@@ -65,7 +67,8 @@ def test_a_mac_leaves_twins_and_they_are_counted(tmp_path, make):
 
 
 @KINDS
-@pytest.mark.parametrize("folder", ["Malignant", "malign", "MALIGNANT", "1_malignant", "10_malignant lesion", "malignant_images",
+@pytest.mark.parametrize("folder", ["Malignant", "malign", "MALIGNANT", "1_malignant", "10_malignant "
+                                                                                       "lesion", "malignant_images",
                                     "malignant-train", "malignant (1)", "Malign cases"])
 def test_spellings_of_a_class_folder(tmp_path, make, folder):
     """Folders that begin with the class, numbered or not, are read."""
@@ -77,7 +80,8 @@ def test_spellings_of_a_class_folder(tmp_path, make, folder):
 @KINDS
 @pytest.mark.parametrize("folder", ["melanoma", "malignancy", "non-malignant", "not_benign", "benign_and_malignant"])
 def test_another_class_folder_is_asked_about(tmp_path, make, folder):
-    """A folder that names no class stops the run with the flag that maps it; mapped, its tiles are read, or left out and counted."""
+    """A folder that names no class stops the run with the flag that maps it; mapped, its tiles are read, or left out
+    and counted."""
     contents = {f"{folder}/m{k}.jpg": layouts.jpeg(k, 20) for k in range(2)} | {"benign/b.jpg": layouts.jpeg(9, 20)}
     source = make(tmp_path, contents)
     with pytest.raises(ValueError, match=rf"the folder '{folder}' \(2 pictures\) is neither .* --label-map {folder}=malignant \(or"):
@@ -144,7 +148,8 @@ def test_what_is_not_read_is_counted_by_kind(tmp_path, make):
 
 @KINDS
 def test_captions_in_a_folder_of_their_own_stop_the_run(tmp_path, make):
-    """Captions kept apart from their tiles would all be lost: an error; two lists in a set without captions are only counted."""
+    """Captions kept apart from their tiles would all be lost: an error; two lists in a set without captions are only
+    counted."""
     pictures = {f"benign/{k}.jpg": b"x" for k in range(6)}
     with pytest.raises(ValueError, match="6 captions belong to no tile"):
         isic.open_source(make(tmp_path, pictures | {f"captions/{k}.txt": b"a mole" for k in range(6)}))
@@ -191,9 +196,11 @@ def test_other_isic_tables_are_found_by_their_columns(tmp_path, name, table):
 
 
 def test_a_table_of_file_names_under_another_name(tmp_path):
-    """labels.csv with file_name and label is a listing; one with paths as ids, or with filename, is a table of labels."""
+    """labels.csv with file_name and label is a listing; one with paths as ids, or with filename, is a table of
+    labels."""
     as_folder(tmp_path / "a", {"t/x.jpg": b"x", "t/y.jfif": b"x"})
-    (tmp_path / "a" / "labels.csv").write_text("file_name,label,caption\nt/x.jpg,1,a mole\nt\\y.jfif,0,\n", encoding="utf-8")
+    (tmp_path / "a" / "labels.csv").write_text("file_name,label,caption\nt/x.jpg,1,a "
+                                               "mole\nt\\y.jfif,0,\n", encoding="utf-8")
     source = isic.open_source(tmp_path / "a")
     assert source.labels == {"x": "malignant", "y": "benign"}
     assert source.given == {"x": {"text": "a mole"}, "y": {}}
@@ -224,7 +231,8 @@ def test_captions_beside_a_listing_without_texts_stop_the_run(tmp_path):
 
 
 def test_an_id_is_a_name():
-    """Composed, stripped, numbers as text; anything that could be a path, hide, or not be a file's name is refused with its place."""
+    """Composed, stripped, numbers as text; anything that could be a path, hide, or not be a file's name is refused with
+    its place."""
     assert [tile_id(v, "x") for v in (" ISIC_1 ", 7, 7.0, "e\u0301", "two.dots", "späce nämé #1%20", "-1", "a..b")] == \
         ["ISIC_1", "7", "7", "\u00e9", "two.dots", "späce nämé #1%20", "-1", "a..b"]
     for value in ("../x", "/etc/passwd", "a/b", "a\\b", "..", ".", ".hidden", "C:x", "a\0b", "a\nb", "x" * 201, "é" * 101, "\ud800"):

@@ -1,4 +1,5 @@
-"""Which tiles a LoRA saw: what the records say is checked, patients are the same however written, nothing is half believed."""
+"""Which tiles a LoRA saw: what the records say is checked, patients are the same however written, nothing is half
+believed."""
 import json
 
 import pytest
@@ -40,7 +41,8 @@ def test_what_a_lora_saw_is_checked(tmp_path, data):
 
 
 def test_a_patient_is_the_same_as_number_and_as_text(tmp_path):
-    """A LoRA that saw patient 7 (a number) is refused for a held-out tile of patient "7"; a missing one (nan) matches nobody."""
+    """A LoRA that saw patient 7 (a number) is refused for a held-out tile of patient "7"; a missing one (nan) matches
+    nobody."""
     lora = {"sha256": "ab", "train_files": [{"file_name": "a.jpg", "patient_id": 7}, {"file_name": "b.jpg", "patient_id": "nan"}]}
     (tmp_path / "provenance.json").write_text(json.dumps({"loras": [lora]}), encoding="utf-8")
     rows = [{"file_name": "x.png", "lora_sha256": "ab"}]

@@ -1,4 +1,5 @@
-"""csv tables as people save them: encodings, separators, spellings and holes are read with the right value, or refused by line."""
+"""csv tables as people save them: encodings, separators, spellings and holes are read with the right value, or refused
+by line."""
 import codecs
 
 import pytest
@@ -30,7 +31,8 @@ RIGHT = {IDS[0]: "malignant", IDS[1]: "benign", IDS[2]: "benign"}, {IDS[0]: "IP_
 
 @pytest.mark.parametrize(("data", "said"), [
     (text(), None), (text(end="\r\n"), None), (text(end="\r"), None), (codecs.BOM_UTF8 + text().encode(), None),
-    (text(sep=";"), "separated by semicolons"), (text(sep="\t"), "separated by tabs"), (text(sep="|"), "separated by bars"),
+    (text(sep=";"), "separated by semicolons"), (text(sep="\t"), "separated by tabs"), (text(sep="|"), "separated by "
+                                                                                                       "bars"),
     ("sep=;\n" + text(sep=";"), "separated by semicolons"), (text().encode("utf-16"), "UTF-16"),
     (text().encode("utf-16-le"), "UTF-16"), (text().encode("utf-16-be"), "UTF-16"),
     (codecs.BOM_UTF16_BE + text(sep="\t").encode("utf-16-be"), "separated by tabs"),
@@ -43,8 +45,11 @@ RIGHT = {IDS[0]: "malignant", IDS[1]: "benign", IDS[2]: "benign"}, {IDS[0]: "IP_
     (text(rows=[(i, y + ".00", p) for i, y, p in ROWS]), None), (text(rows=[(i, f"{float(y):.6e}", p) for i, y, p in ROWS]), None),
     (text("isic_id,benign_malignant,patient_id", [(i, {"1": "Malignant", "0": "benign"}[y], p) for i, y, p in ROWS]), None),
     (text("isic_id,diagnosis_1,patient_id", [(i, {"1": "Malignant", "0": "Benign"}[y], p) for i, y, p in ROWS]), None),
-    (text("isic_id,dx,patient_id", [(i, {"1": "bcc", "0": "nv"}[y], p) for i, y, p in ROWS]), "malignant are MEL, BCC, SCC, AKIEC"),
-    (text("image,MEL,NV,BCC,patient_id", [(i, "0.0", str(1 - int(y)), y, p) for i, y, p in ROWS]), "malignant are MEL, BCC; benign are NV"),
+    (text("isic_id,dx,patient_id", [(i, {"1": "bcc", "0": "nv"}[y], p) for i, y, p in ROWS]), "malignant are MEL, BCC, "
+                                                                                              "SCC, AKIEC"),
+    (text("image,MEL,NV,BCC,patient_id", [(i, "0.0", str(1 - int(y)), y, p) for i, y, p in ROWS]), "malignant are MEL, "
+                                                                                                   "BCC; benign are "
+                                                                                                   "NV"),
     (text(",isic_id,target,patient_id", [(str(k), *row) for k, row in enumerate(ROWS)]), None),
     (text("isic_id,target,patient_id,,", [(*row, "", "") for row in ROWS]), None),
     (text(rows=[*ROWS, ROWS[0]]), None), (text() + "\r\n,,\r\n", None), (text(rows=[(*row, "") for row in ROWS]), None),
@@ -77,16 +82,19 @@ def test_accents_composed_or_not_are_one_id(tmp_path):
 
 
 @pytest.mark.parametrize(("data", "message"), [
-    (text(rows=[(IDS[0], "2", "a")]), "t.csv, line 2, ISIC_0000001: label '2' is not allowed: use 0 or benign, 1 or malignant$"),
+    (text(rows=[(IDS[0], "2", "a")]), "t.csv, line 2, ISIC_0000001: label '2' is not allowed: use 0 or benign, 1 or "
+                                      "malignant$"),
     (text(rows=[(IDS[0], "melanoma", "a")]), "label 'melanoma' is not allowed: .* --label-map melanoma=malignant$"),
     (text(rows=[(IDS[0], "", "a")]), "label None is not allowed"), (text(rows=[("", "1", "a")]), "line 2: no isic_id"),
     (text(rows=[ROWS[0], (IDS[0], "0", "IP_1")]), "line 3: ISIC_0000001 is listed twice, as malignant and as benign"),
     (text(rows=[(*ROWS[0], "x")]), "line 2: 4 columns, the header has 3"),
-    (text("image,MEL,NV,BCC", [(IDS[0], "1", "1", "0")]), "line 2, ISIC_0000001: 2 of the columns MEL, NV, BCC are 1, expected one"),
+    (text("image,MEL,NV,BCC", [(IDS[0], "1", "1", "0")]), "line 2, ISIC_0000001: 2 of the columns MEL, NV, BCC are 1, "
+                                                          "expected one"),
     (text("image,MEL,NV,BCC", [(IDS[0], "x", "1", "0")]), "line 2: 'x' is not a number"),
     (b"PK\3\4" + bytes(100), "is a spreadsheet, not a csv file: save it as CSV"),
     (b"isic_id,target\n" + b"x" * (1 << 20) + b"\n", "a line of over 1,048,576 characters"),
-    (b'isic_id,target\n"' + b"x,\n" * 100_000, "field larger than field limit"), (b"", "no column isic_id: it has no columns"),
+    (b'isic_id,target\n"' + b"x,\n" * 100_000, "field larger than field limit"), (b"", "no column isic_id: it has no "
+                                                                                       "columns"),
     (text().encode("utf-16")[:-1], "not a readable csv file")])
 def test_what_is_wrong_is_named(tmp_path, data, message):
     """One line with the file, the line and what to do; never a traceback or a guess."""

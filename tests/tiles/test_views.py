@@ -1,4 +1,5 @@
-"""The eight symmetries of the square: a group of eight, with one meaning for numpy and torch and for every user of them."""
+"""The eight symmetries of the square: a group of eight, with one meaning for numpy and torch and for every user of
+them."""
 import numpy as np
 import pytest
 import torch
@@ -21,8 +22,8 @@ def test_the_eight_are_a_group():
 
 @pytest.mark.parametrize("view", range(8))
 def test_every_user_means_the_same_view(view):
-    """numpy, torch, the classifier's augmentation and the search for copies give the same picture for the same number: quarter
-    turns counter-clockwise, then a mirror left to right."""
+    """numpy, torch, the classifier's augmentation and the search for copies give the same picture for the same number:
+    quarter turns counter-clockwise, then a mirror left to right."""
     expected = np.rot90(TILE[0], view % 4)
     expected = expected[:, ::-1] if view >= 4 else expected
     pixels = torch.from_numpy(TILE).permute(0, 3, 1, 2)
