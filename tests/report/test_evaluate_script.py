@@ -105,6 +105,16 @@ def test_shifted_threshold_is_called_so(tmp_path):
     assert rows["ECE"][2:5] == [rows["ECE"][2].split(" ")[0], "–", "–"]
 
 
+def test_published_columns_say_so(tmp_path):
+    """Every column of the study's own numbers is named published, beside ours of the same name."""
+    write_run(tmp_path, {"A1": 0.0, "S2": 0.0}, seeds=1)
+    blocks, _, _ = classification.build(tmp_path, None)
+    table = next(block for block in blocks if block.get("caption", "").startswith("Results with 95 % intervals"))
+    assert [name.split(" (")[0] for name in table["header"][3:]] == [
+        "recall at 0.5", "AUROC", "AUPRC", "published recall", "published AUROC", "published AUPRC"]
+    assert next(row for row in table["rows"] if row[0] == "S2")[6:] == ["0.65", "0.900", "0.433"]
+
+
 def test_limits_are_said(tmp_path):
     """One seed, few malignant tiles, arms not run, notes of the run: each is said."""
     write_run(tmp_path, {"O1": 0.0, "S2": 0.0}, seeds=1)
