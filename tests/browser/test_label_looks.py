@@ -252,7 +252,7 @@ def tap(person, selector):
     time.sleep(0.4)  # a finger that is put down again sooner belongs to the gesture before
     person.driver.execute_script("document.querySelector(arguments[0]).scrollIntoView({block: 'nearest'})", selector)
     x, y, w, h = person.box(selector)
-    person.driver.execute_cdp_cmd("Input.synthesizeTapGesture", {"x": round(x + w / 2), "y": round(y + h / 2), "duration": 50})
+    person.finger((x + w / 2, y + h / 2))
 
 
 def test_a_blind_page_shows_no_suggestion(browser, serve):
