@@ -1,4 +1,6 @@
 """Someone at the labelling page: for the browser tests."""
+import time
+
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -60,9 +62,11 @@ class Person:
         element.click()
 
     def finger(self, start, *way):
-        """A finger down at `start`, over the points of `way`, up."""
-        points = [start, *way]
-        for kind, at in (("touchStart", start), *(("touchMove", point) for point in points[1:]), ("touchEnd", None)):
+        """A finger down at `start`, over the points of `way`, held a moment so that nothing is flung, up."""
+        stay = [("touchMove", way[-1])] * 4 if way else []
+        for kind, at in (("touchStart", start), *(("touchMove", point) for point in way), *stay, ("touchEnd", None)):
+            if way:
+                time.sleep(0.03)
             self.driver.execute_cdp_cmd("Input.dispatchTouchEvent", {
                 "type": kind, "touchPoints": [] if at is None else [{"x": at[0], "y": at[1]}]})
 

@@ -13,7 +13,7 @@ from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 
 # width, height in CSS pixels, device pixels a CSS pixel, least side of the tile; the last two are 1440x900 and 1366x640 at 200 %
-SIZES = [(390, 844, 1, 270), (820, 1180, 1, 420), (1366, 640, 1, 400), (1440, 900, 1, 590), (3840, 2160, 1, 1400),
+SIZES = [(390, 844, 1, 270), (820, 1180, 1, 420), (1366, 640, 1, 390), (1440, 900, 1, 590), (3840, 2160, 1, 1400),
          (720, 450, 2, 240), (683, 320, 2, 150)]
 ACTIONS = ("acceptAll", "acceptOne", "undo", "previous", "next")
 
@@ -30,10 +30,12 @@ def test_every_size(browser, serve):
     needs no scrolling at all; two pictures stand side by side or one can be switched to."""
     server = serve(color_norm="grey-world")
     person = Person(browser, server.url)
+    person.at(0)
+    first = person.state()["name"]
     for width, height, scale, least in SIZES:
         where = f"{width}x{height}"
         person.size(width, height, scale)
-        person.driver.get(server.url + "?tile=" + person.state()["name"])
+        browser.get(server.url + "?tile=" + first)
         person.at(0)
         boxes = []
         for tile in (0, 1):
@@ -48,13 +50,12 @@ def test_every_size(browser, serve):
         if folder := os.environ.get("LESION_SCREENSHOTS"):
             browser.save_screenshot(f"{folder}/looks-{where}.png")
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width, where
-        assert boxes[0]["tile"][2] >= (least if width < 1000 else least / 2), where
         shown = browser.execute_script("return [...document.querySelectorAll('figure:not([hidden])')].length")
+        assert boxes[0]["tile"][2] >= (least if shown == 1 else 0.75 * least), where
         if shown == 1:
-            assert boxes[0]["tile"][2] >= least, where
-            first = browser.find_element(By.CSS_SELECTOR, "figure:not([hidden])").get_attribute("id")
+            kind = browser.find_element(By.CSS_SELECTOR, "figure:not([hidden])").get_attribute("id")
             person.press("n")
-            assert browser.find_element(By.CSS_SELECTOR, "figure:not([hidden])").get_attribute("id") != first
+            assert browser.find_element(By.CSS_SELECTOR, "figure:not([hidden])").get_attribute("id") != kind
             person.press("n")
         for bottom in ("0", "document.documentElement.scrollHeight"):
             browser.execute_script(f"window.scrollTo(0, {bottom})")
@@ -219,7 +220,7 @@ def test_single_keys_can_be_switched_off(browser, serve):
 
 def test_by_touch_alone_on_a_phone(browser, serve):
     """A swipe to the right over the tile accepts every suggestion, a tap answers the surface: two gestures a tile. A swipe
-    down or to the left, or a short one, accepts nothing; undo is one tap away."""
+    aslant or to the left, or a short one, accepts nothing; undo is one tap away."""
     server = serve()
     person = Person(browser, server.url)
     browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
@@ -228,11 +229,6 @@ def test_by_touch_alone_on_a_phone(browser, serve):
         for tile in range(2):
             person.at(tile)
             x, y, w, h = person.box("figure:not([hidden]) .window")
-            middle = (x + w / 2, y + h / 2)
-            for way in ((-120, 0), (40, 0), (20, 150)):
-                person.finger(middle, (middle[0] + way[0], middle[1] + way[1]))
-            time.sleep(0.2)
-            person.at(tile, "skin_tone")
             person.finger((x + 60, y + h / 2), (x + 120, y + h / 2 + 5), (x + 200, y + h / 2 + 8))
             person.at(tile, "surface")
             tap(person, "#options button[data-key='0']")
@@ -240,11 +236,20 @@ def test_by_touch_alone_on_a_phone(browser, serve):
         assert [row["by"] for row in server.rows()] == ["swipe", "button"] * 2
         tap(person, "[data-do=undo]")
         person.at(1, "surface")
+        before = len(server.rows())
+        person.click("[data-do=next]")
+        person.at(2, "skin_tone")
+        for way in ((-120, 0), (40, 0), (75, 60)):
+            person.finger((x + w / 2, y + h / 2), (x + w / 2 + way[0], y + h / 2 + way[1]))
+        time.sleep(0.3)
+        person.at(2, "skin_tone")
+        assert len(server.rows()) == before
     finally:
         browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
 
 
 def tap(person, selector):
+    time.sleep(0.4)  # a finger that is put down again sooner belongs to the gesture before
     person.driver.execute_script("document.querySelector(arguments[0]).scrollIntoView({block: 'nearest'})", selector)
     x, y, w, h = person.box(selector)
     person.finger((x + w / 2, y + h / 2))
@@ -265,7 +270,7 @@ def test_a_blind_page_shows_no_suggestion(browser, serve):
 
 def test_two_people_and_an_adjudicator(browser, serve):
     """Two windows of one server, by personal link: each goes their own way and the page of progress counts both. They differ
-    in twenty answers: the adjudicator sees those only, decides each with one key, takes one back, and it is told when
+    in twelve answers: the adjudicator sees those only, decides each with one key, takes one back, and it is told when
     all are decided; a reload goes on."""
     server = serve(flags=["--people", "anna", "ben"], malignant=5)
     anna = Person(browser, server.links["anna"])
@@ -273,15 +278,15 @@ def test_two_people_and_an_adjudicator(browser, serve):
     browser.switch_to.new_window("window")
     ben = Person(browser, server.links["ben"])
     two = browser.current_window_handle
-    for window, person, keys in ((one, anna, "1111110"), (two, ben, "1111122")):
+    keys_of = {"anna": "111011110", "ben": "111011222"}
+    for window, person, keys in ((one, anna, keys_of["anna"]), (two, ben, keys_of["ben"])):
         browser.switch_to.window(window)
         person.at(0, "skin_tone")
         for tile in range(5 if person is ben else 4):
             person.at(tile, "skin_tone")
-            answers = dict(zip(VOCABULARY, ["1", "1", "1", "0", *(keys[3:])], strict=False))
-            for name in VOCABULARY:
+            for name, key in zip(VOCABULARY, keys, strict=True):
                 person.at(tile, name)
-                person.press(answers[name])
+                person.press(key)
     browser.switch_to.window(one)
     anna.at(4, "skin_tone")
     browser.get(server.links["progress"])
@@ -293,8 +298,7 @@ def test_two_people_and_an_adjudicator(browser, serve):
     judge = Judge(browser)
     total = judge.state()["cases"]
     assert f"{total} disagreements" in counted
-    expected = sum(a != b for a, b in zip("1110", "1122", strict=True)) * 4
-    assert total == expected
+    assert total == 4 * sum(a != b for a, b in zip(*keys_of.values(), strict=True))
     for number in range(total):
         judge.at(number)
         judge.press("1" if number % 2 else "2")
