@@ -124,6 +124,7 @@ def test_the_first_sheet_holds_the_answer_and_its_limits(browser, report):
     assert browser.execute_script(points, "td") >= 8
     for kind in ("h2", "h3", "caption", "thead"):
         assert browser.execute_script(f"return getComputedStyle(document.querySelector('{kind}')).breakAfter") == "avoid", kind
+    assert browser.execute_script("return getComputedStyle(document.querySelector('caption')).breakInside") == "avoid"
     shows = "return [...document.querySelectorAll(arguments[0])].map(e => e.getClientRects().length)"
     assert set(browser.execute_script(shows, "img.motion")) == {0}
     assert set(browser.execute_script(shows, "img.still")) == {1}

@@ -132,3 +132,15 @@ def test_killed_while_it_is_written(made, tmp_path):
     subprocess.run(command, check=True, capture_output=True, env=env)
     assert state() == before
     assert [path.name for path in tmp_path.iterdir()] == ["r"]
+
+
+def test_without_a_flag_the_newest_run_is_reported(made, run_script):
+    """`python evaluate.py` after classify.py: it says which command that is, and makes that report."""
+    _, root, _ = made
+    done = run_script("evaluate.py", "--out", "newest", cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "the newest: python evaluate.py --classify runs/arms --out newest"
+    assert done.stdout.splitlines()[-1] == "next: python generate.py"
+    manifest = json.loads((root / "newest" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["request"]["classify"] == "runs/arms"
+    assert set(json.loads((root / "newest" / "results.json").read_text(encoding="utf-8"))) == {"classification"}
