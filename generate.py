@@ -63,7 +63,10 @@ def parse(argv=None):
     group.add_argument("--seed", type=cli.number(int, low=0, high=2**32 - 1), default=0, help="of the first image; image i has SEED + i")
     group.add_argument("--batch-size", type=cli.number(int, low=1), default=8, help="images at a time")
     group.add_argument("--resolution", type=cli.resolution, help="side in pixels; default: the LoRA's, else 128")
-    group.add_argument("--precision", choices=("fp16", "bf16", "fp32"), help="default: fp16 on CUDA, fp32 on the CPU")
+    group.add_argument(
+        "--precision", choices=("fp16", "bf16", "fp32"), help="default: fp16 on CUDA; on a CPU bf16 if it is quick with it, else fp32"
+    )
+    group.add_argument("--plain", action="store_true", help="on a CPU: the plain layers, not the faster ones of lesion/sd/fast.py")
     group.add_argument("--gif", action="store_true", help=f"also DIR/denoising.gif, the first {GIF_TILES} images step by step")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     args = parser.parse_args(argv)
@@ -89,11 +92,11 @@ def generate(args) -> None:
     from lesion.lora import formats, layers
     from lesion.run import devices, sheets
     from lesion.run.state import files_sha256
-    from lesion.sd import checkpoint, pipeline
+    from lesion.sd import checkpoint, fast, pipeline
     from lesion.sd.vae import to_images_u8
     from lesion.tiles import seen
     rank, world, device = devices.process(args.device)
-    args.precision = args.precision or ("fp16" if device.type == "cuda" else "fp32")
+    args.precision = args.precision or fast.default_precision(device)
 
     # --- base and LoRA: read, checked, summed, merged ---
     sd = checkpoint.load(args.base, device, devices.DTYPES[args.precision], args.tokenizer, args.vae)
@@ -109,6 +112,8 @@ def generate(args) -> None:
     for name, network in networks.items():
         layers.set_factors(network, layers.of_network(combined, name))
         layers.merge(network)
+    if device.type == "cpu" and not args.plain:
+        fast.use(sd.unet, sd.text_encoder, sd.vae)
     base_sha256 = files_sha256(sd.files)
     trained = [metadata for *_, metadata in loras if {"lesion_resolution", "lesion_label", "lesion_base_sha256"} <= metadata.keys()]
     sizes = [resolution_of(metadata) for metadata in trained]
@@ -134,6 +139,7 @@ def generate(args) -> None:
         "eta": args.eta,
         "resolution": args.resolution,
         "precision": args.precision,
+        "plain": args.plain,
         "batch_size": args.batch_size,
         "first_seed": args.seed,
         "draw": args.draw,
@@ -238,6 +244,9 @@ def fill_from_newest_run(args) -> None:
     first = args.lora[0][0] if args.lora else None
     beside = (first if first.is_dir() else first.parent) / "args.json" if first else None
     run = files.read_json(beside) if beside and beside.is_file() else {}
+    for key in ("base", "tokenizer", "vae", "data", "label"):
+        if not isinstance(run.get(key, ""), str | None):
+            raise ValueError(f"{beside} is damaged: {key} is {run[key]!r}, expected text")
     if args.base is None and "base" not in run:
         raise ValueError(f"which base model? {args.lora[0][0]} does not stand in a run folder: give --base")
     args.base = args.base or run["base"]
@@ -258,7 +267,7 @@ def training_rows(args) -> list[dict]:
     ]
     if not rows:
         raise ValueError(f"{args.prompts_from} has no training tile labelled {args.label!r} to take prompts from")
-    without = [row["file_name"] for row in rows if not row.get("text")]
+    without = [row["file_name"] for row in rows if not row.get("text") or not isinstance(row["text"], str)]
     if without:
         raise ValueError(
             f"{args.prompts_from}: {len(without)} tiles have no text, first {without[0]}; run python -m lesion prepare or label"
@@ -323,15 +332,13 @@ def open_folder(out: Path, provenance: dict) -> None:
     path = out / "provenance.json"
     if path.is_file():
         old = files.read_json(path)
-        changed = [key for key in ("base_sha256", "loras", "settings") if old.get(key) != json.loads(json.dumps(provenance[key]))]
+        fresh = json.loads(json.dumps(provenance))
+        changed = [key for key in ("base_sha256", "loras", "settings") if old.get(key) != fresh[key]]
+        if changed == ["settings"] and isinstance(old.get("settings"), dict):
+            changed = [key for key in old["settings"] | fresh["settings"] if old["settings"].get(key) != fresh["settings"].get(key)]
         if changed:
-            what = (
-                [key for key in old["settings"] | provenance["settings"] if old["settings"].get(key) != provenance["settings"].get(key)]
-                if changed == ["settings"]
-                else changed
-            )
-            raise ValueError(f"{out} holds the images of another call (other {', '.join(what)}): give another --out")
-        if old == json.loads(json.dumps(provenance)):
+            raise ValueError(f"{out} holds the images of another call (other {', '.join(changed)}): give another --out")
+        if old == fresh:
             return
     elif out.exists() and any(entry.name[0] != "." for entry in out.iterdir()):
         raise ValueError(f"{out} exists and is not a folder of generate.py: give another --out")
@@ -371,7 +378,9 @@ def write_rows(out: Path, rows: list[dict], final: bool) -> None:
     """Manifest rows of the images that exist, with their SHA-256: appended as they come, at last written in order (a shorter call
     keeps a longer one's)."""
     path = out / files.MANIFEST
-    have = {row["file_name"]: row for row in files.read_jsonl(path)} if path.is_file() else {}
+    have = {row.get("file_name"): row for row in files.read_jsonl(path)} if path.is_file() else {}
+    if not all(isinstance(name, str) for name in have):
+        raise ValueError(f"{path} is damaged: a row has no file_name")
     fresh = [row | {"sha256": files.sha256_file(out / row["file_name"])} for row in rows
              if row["file_name"] not in have and (out / row["file_name"]).is_file()]
     if final:

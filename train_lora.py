@@ -54,7 +54,9 @@ def parse(argv=None):
     group.add_argument("--caption-dropout", type=cli.number(float, low=0, high=1), default=0.1, help="share of empty prompts")
     group.add_argument("--resolution", type=cli.resolution, default=128, help="side of the tiles in pixels")
     group.add_argument("--views", type=int, choices=(1, 8), default=8, help="8: flips and quarter turns; 1: none")
-    group.add_argument("--precision", choices=("fp16", "bf16", "fp32"), default=None, help="default: fp16 on CUDA, fp32 on the CPU")
+    group.add_argument(
+        "--precision", choices=("fp16", "bf16", "fp32"), help="default: fp16 on CUDA; on a CPU bf16 if it is quick with it, else fp32"
+    )
     group.add_argument("--seed", type=cli.number(int, low=0), default=0, help="of everything random")
     group.add_argument(
         "--holdout", type=cli.number(float, low=0, high=0.9), default=0.0, help="share of training patients held back and validated on"
@@ -70,6 +72,7 @@ def parse(argv=None):
     group.add_argument("--sample-count", type=cli.number(int, low=0), default=8, help="tiles on a sample sheet; 0: none")
     group.add_argument("--sample-steps", type=cli.number(int, low=1, high=1000), default=30, help="DDIM steps of a sample")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    group.add_argument("--plain", action="store_true", help="on a CPU: the plain layers, not the faster ones of lesion/sd/fast.py")
     return parser.parse_args(cli.with_recipe(parser, argv))
 
 
@@ -95,7 +98,7 @@ def train(flags: dict, out: Path, resume: bool, stop: cli.Stop) -> None:
     from lesion.lora import formats, layers
     from lesion.run import devices
     from lesion.run.optim import warmup_cosine
-    from lesion.sd import checkpoint
+    from lesion.sd import checkpoint, fast
     from lesion.tiles.seen import files_seen, train_files
     from lesion.train import setup, watch
     from lesion.train.checkpoint import Progress, load_checkpoint, lora_of_step, save_checkpoint, write_loras
@@ -133,6 +136,8 @@ def train(flags: dict, out: Path, resume: bool, stop: cli.Stop) -> None:
         say(f"{len(tiles.rows)} tiles, {len(held_out.rows)} held out; LoRA of rank {recipe.rank} on {' and '.join(networks)}"
             f"{', from ' + record['init_lora'] if record['init_lora'] else ''}: {sum(p.numel() for p in parameters):,} parameters; "
             f"{device}, {recipe.precision}; run folder {out}")
+    if device.type == "cpu" and not recipe.plain:
+        say(fast.use(sd.unet, sd.text_encoder, sd.vae))
 
     # --- what does not change is computed once: latents of every view to come, texts ---
     batch_size = recipe.batch_size * recipe.accumulate * world  # of one optimizer step, over all processes

@@ -12,6 +12,7 @@ COMMANDS = {
     "prepare": ("lesion.prepare", "make a data set from ISIC tiles: DIR/metadata.jsonl and the original JPEG files"),
     "label": ("lesion.web.label", "describe tiles in the browser: one key an answer"),
     "study": ("lesion.web.study", "ask readers which tiles are real"),
+    "crossfit": ("lesion.classify.crossfit", "the experiment on every tile, by folds: LoRA, tiles and arms of each"),
     "pretrain": ("lesion.mini.pretrain", "train the built-in base model"),
     "verify": ("lesion.report.verify", "recompute every hash and number of what the commands wrote"),
     "convert": ("lesion.sd.convert", "make safetensors of a pickled checkpoint (.ckpt, .bin, .pt), running nothing in it"),

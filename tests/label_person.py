@@ -55,7 +55,9 @@ class Person:
             return [r.x, r.y, r.width, r.height].map((v) => Math.round(10 * v) / 10);""", selector)
 
     def click(self, selector):
-        self.driver.find_element(By.CSS_SELECTOR, selector).click()
+        element = self.driver.find_element(By.CSS_SELECTOR, selector)
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+        element.click()
 
     def finger(self, start, *way):
         """A finger down at `start`, over the points of `way`, up."""

@@ -553,6 +553,23 @@ def test_the_newest_run_is_the_default(base, lora, data, tmp_path, monkeypatch, 
     assert used["train_files"] == [{"file_name": "0.jpg", "sha256": "00", "patient_id": None}]  # for the leak check
 
 
+@pytest.mark.parametrize(("name", "content"), [("args.json", {"base": 3}), ("args.json", {"base": "x", "tokenizer": []}),
+                                               ("provenance.json", {}), ("provenance.json", {"settings": 3}),
+                                               ("metadata.jsonl", {"no": "file_name"})])  # fmt: skip
+def test_damaged_files_of_our_own(base, lora, tmp_path, name, content):
+    """A run's args.json, a folder's provenance or manifest with entries of other types: one line, no traceback."""
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(lora, run / "lora.safetensors")
+    flags = [str(flag) for flag in ("--lora", run / "lora.safetensors", "--prompt", "x", "--out", tmp_path / "out", "--count", 1)]
+    files.write_json(run / "args.json", {"base": str(base)})
+    generate.main([*flags, "--steps", "1", "--resolution", "64"])
+    ((run if name == "args.json" else tmp_path / "out") / name).write_text(json.dumps(content) + "\n")
+    with pytest.raises(ValueError, match="damaged|another call") as error:
+        generate.main([*flags, "--steps", "1", "--resolution", "64"])
+    assert "\n" not in str(error.value)
+
+
 def test_as_a_command(tiny, shared, tmp_path, run_script):
     """The real command on a single-file base: exit code 0 and the pictures; a pickle: exit code 2, one line."""
     flags = ["--prompt", PROMPT, "--steps", 1, "--count", 1, "--resolution", 64, "--out", tmp_path / "out"]

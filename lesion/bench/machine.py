@@ -7,6 +7,7 @@ import time
 import torch
 
 from lesion.run import devices
+from lesion.sd import fast
 
 # Dense tensor-core TFLOP/s at boost clock by the makers' data sheets: {part of the device's name: (fp16 = bf16, fp32 as TF32)}
 # NVIDIA A100 (2020), H100/H200 SXM and PCIe (2023), RTX 30 (GA102 white paper 2.0), 40 (Ada white paper 2.02), 50 (Blackwell
@@ -45,4 +46,4 @@ def description(where: torch.device) -> dict:
     """What a figure was measured on: device, threads, whether the processor has bf16 instructions."""
     if where.type == "cuda":
         return {"device": torch.cuda.get_device_name(where)}
-    return {"device": devices.cpu_name(), "threads": torch.get_num_threads(), "bf16_instructions": devices.cpu_has_bf16()}
+    return {"device": devices.cpu_name(), "threads": torch.get_num_threads(), "bf16_instructions": fast.bf16_is_fast()}

@@ -31,6 +31,7 @@ def parse(argv: list[str]):
     parser.add_argument("--precision", choices=("auto", "fp16", "bf16", "fp32"), nargs="+", default=["auto"], help="several: a sweep")
     parser.add_argument("--steps", type=cli.number(int, low=1), default=8, help="measured steps (generate: sampling steps)")
     parser.add_argument("--warmup", type=cli.number(int, low=1), default=2, help="steps before the clock counts")
+    parser.add_argument("--plain", action="store_true", help="on a CPU: the plain layers, not those of lesion/sd/fast.py")
     parser.add_argument("--parts", action="store_true", help="train: also the update alone (one more fence a step)")
     parser.add_argument("--peer", help=f"also run a peer, taking turns: {PEERS}")
     parser.add_argument("--peer-precision", choices=("fp16", "bf16", "fp32"), help="the peer's, if it is not ours")
@@ -49,10 +50,11 @@ def main(argv: list[str]) -> None:
         return
     args = parse(argv)
     from lesion.run import devices
+    from lesion.sd import fast
     device = devices.device(args.device)
     if device.type == "cpu":
         devices.keep_freed_memory()
-    args.precision = [devices.default_precision(device) if name == "auto" else name for name in args.precision]
+    args.precision = [fast.default_precision(device) if name == "auto" else name for name in args.precision]
     if args.what == "recipe":
         print_recipe(args, device)
         return
@@ -164,7 +166,7 @@ def side_flags(args, precision: str) -> list[str]:
     """The flags of one side's process."""
     given = {"base": args.base, "tokenizer": args.tokenizer, "phase": args.phase, "batch-size": args.batch_size, "rank": args.rank,
              "resolution": args.resolution, "precision": precision, "steps": args.steps, "device": args.device}
-    return [args.what, *(str(part) for name, value in given.items() if value is not None for part in (f"--{name}", value))]
+    return [args.what, *(["--plain"] if args.plain else []), *(str(part) for name, value in given.items() if value is not None for part in (f"--{name}", value))]
 
 
 def _answer(side: subprocess.Popen, name: str, command: list[str]) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from lesion.lora import layers
 from lesion.run import devices
-from lesion.sd import checkpoint, pipeline
+from lesion.sd import checkpoint, fast, pipeline
 from lesion.sd.checkpoint import StableDiffusion
 from lesion.sd.clip import CLIPTextEncoder
 from lesion.sd.unet import UNet
@@ -57,6 +57,12 @@ def networks(base: str, device: torch.device, precision: str, tokenizer=None) ->
     return StableDiffusion(*all_three, None, base)
 
 
+def hasten(args, device: torch.device, sd: StableDiffusion) -> None:
+    """The faster layers, as the scripts use them on a CPU unless told --plain."""
+    if device.type == "cpu" and not args.plain:
+        fast.use(sd.unet, sd.text_encoder, sd.vae)
+
+
 def training_step(args, device: torch.device) -> Callable[[], dict[str, float]]:
     """A function that runs one step of train_lora.py's loop: draws, latents, noise, U-Net, backward, clip and AdamW.
 
@@ -67,6 +73,7 @@ def training_step(args, device: torch.device) -> Callable[[], dict[str, float]]:
     trained = [sd.unet] + ([sd.text_encoder] if args.phase == 2 else [])
     for network in trained:
         layers.inject(network, layers.target_paths(network, "attention"), args.rank, args.rank, g)
+    hasten(args, device, sd)
     parameters = [p for network in trained for p in layers.lora_parameters(network)]
     optimizer = adamw([{"params": parameters}], 3e-5, 0.01)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
@@ -98,6 +105,7 @@ def training_step(args, device: torch.device) -> Callable[[], dict[str, float]]:
 def generation(args, device: torch.device) -> Callable[[], dict[str, float]]:
     """A function that draws one batch as generate.py does: text, `--steps` DDIM steps with guidance, decoding."""
     sd = networks(args.base, device, args.precision, args.tokenizer)
+    hasten(args, device, sd)
     token_ids = torch.randint(sd.text_encoder.config.vocab_size, (args.batch_size, 77)).to(device)
 
     @torch.no_grad()
@@ -116,6 +124,7 @@ def generation(args, device: torch.device) -> Callable[[], dict[str, float]]:
 def encoding(args, device: torch.device) -> Callable[[], dict[str, float]]:
     """A function that encodes one batch of tiles as the latent cache does."""
     sd = networks(args.base, device, args.precision, args.tokenizer)
+    hasten(args, device, sd)
     pixels = torch.rand(args.batch_size, 3, args.resolution, args.resolution, device=device) * 2 - 1
 
     @torch.no_grad()

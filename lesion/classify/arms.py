@@ -64,6 +64,11 @@ def split_parts(rows: list[dict], share: float, seed: int) -> Parts:
     if not any(row.get("patient_id") for row in rows):
         parts.notes.append("the data set names no patients: every tile counts as a patient of its own, so intervals "
                            "are too narrow if some patients have several tiles")
+    from lesion.stats.inference import LEAST_PATIENTS
+    carriers = len({unit_of(row) for row in parts.test if row["label"] == "malignant"})
+    if carriers < LEAST_PATIENTS:
+        parts.notes.append(f"the malignant test tiles come from {carriers} patients: under {LEAST_PATIENTS} the report gives "
+                           "numbers, but no interval and no verdict")
     return parts
 
 

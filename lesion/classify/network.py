@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from lesion.classify import weights as starting
 from lesion.classify.augment import augment, normalise
 from lesion.run import devices
 from lesion.run.optim import load_optimizer_tensors, optimizer_tensors, warmup_cosine
@@ -48,7 +49,7 @@ class Pool:
 
 def build(arch: str, weights: str, seed: int) -> nn.Module:
     """A ResNet with one output, channels-last. weights: "imagenet" (torchvision's, downloaded), "none" (He's
-    initialisation by `seed`) or a path to a state dict (.pt/.pth or .safetensors; its classification head is left out).
+    initialisation by `seed`) or a path to a state dict (lesion.classify.weights; its classification head is left out).
 
     Raises ValueError for an unknown architecture, weights that cannot be had, or a file that does not fit.
     """
@@ -58,7 +59,7 @@ def build(arch: str, weights: str, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         model = getattr(torchvision.models, arch)(num_classes=1)
     if weights != "none":
-        _load(model, _imagenet(arch) if weights == "imagenet" else _read(Path(weights)), weights)
+        starting.load(model, _imagenet(arch) if weights == "imagenet" else starting.read(Path(weights)), weights)
     return model.to(memory_format=torch.channels_last)
 
 
@@ -69,29 +70,6 @@ def _imagenet(arch):
     except (urllib.error.URLError, OSError, RuntimeError) as error:
         raise ValueError(f"torchvision's ImageNet weights of {arch} cannot be downloaded ({error}); train from scratch "
                          "with --weights none, or give a file with --weights PATH") from None
-
-
-def _read(path):
-    if not path.is_file():
-        raise ValueError(f"--weights {path}: no such file; allowed are imagenet, none or the path of a state dict")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return state.get("state_dict", state)
-    except Exception as error:  # the readers raise many kinds; all mean the file is not a state dict
-        raise ValueError(f"--weights {path} is not a state dict of tensors ({type(error).__name__})") from None
-
-
-def _load(model, state, name):
-    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
-    own = {key: value.shape for key, value in model.state_dict().items() if not key.startswith("fc.")}
-    wrong = [key for key, shape in own.items() if key not in state or state[key].shape != shape]
-    if wrong:
-        raise ValueError(f"--weights {name} does not fit the network: {len(wrong)} of {len(own)} tensors are absent or "
-                         f"of another shape (first: {wrong[0]}); give the state dict of the same --arch")
-    model.load_state_dict(state, strict=False)
 
 
 def class_weights(labels: Tensor, power: float) -> Tensor:

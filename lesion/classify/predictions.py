@@ -50,7 +50,7 @@ def merge_folds(folder: Path, folds: int) -> None:
     """Join `folder`/fold<f>/predictions.csv into `folder`/predictions.csv, once all are there."""
     paths = [folder / f"fold{fold}" / "predictions.csv" for fold in range(folds)]
     if all(path.is_file() for path in paths):
-        lines = [path.read_text(encoding="utf-8").splitlines(keepends=True) for path in paths]
+        lines = [path.read_text(encoding="utf8").splitlines(keepends=True) for path in paths]
         joined = lines[0][:1] + [line for part in lines for line in part[1:]]
         files.write_bytes(folder / "predictions.csv", "".join(joined).encode())
 
@@ -59,7 +59,7 @@ def read(path: Path) -> Run:
     """The run of one file. ValueError, naming the line, for anything that is not a table as `write` makes it: missing
     columns, an unknown label or split, a score that is not a number in 0..1, an id tested twice, a class missing."""
     tests, validation = [], {}
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
             raise ValueError(f"{path} has no column {missing[0]!r}: expected {', '.join(COLUMNS)} (written by "

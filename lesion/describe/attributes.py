@@ -21,6 +21,7 @@ from threadpoolctl import threadpool_limits
 
 from lesion.describe.prompts import NAMES, validate
 from lesion.describe.segment import MM, SIDE, Segment, segment
+from lesion.run.files import is_missing
 from lesion.tiles.decode import decode
 
 # Edges between classes. Clinical where there is a convention: ITA groups (Del Bino & Bernerd 2013), 6 mm (the D of ABCD).
@@ -275,7 +276,7 @@ def from_metadata(row: dict, quantiles: dict[str, list[float]] | None = None) ->
 
 def _number(row: dict, name: str) -> float | None:
     value = row.get(name)
-    if value is None or (isinstance(value, str) and value.strip().lower() in ("", "na", "nan", "none")):
+    if is_missing(value):
         return None
     try:
         number = float(value)

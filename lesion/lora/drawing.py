@@ -14,7 +14,7 @@ from PIL import Image
 
 from lesion.lora import formats, layers
 from lesion.run import devices, folders
-from lesion.sd import checkpoint, pipeline
+from lesion.sd import checkpoint, fast, pipeline
 from lesion.sd.vae import to_images_u8
 
 
@@ -25,10 +25,11 @@ class Drawing:
                  tokenizer: str | Path | None = None):
         self.base = str(base or folders.MINI)
         self.device = devices.device(device)
-        self.precision = precision or devices.default_precision(self.device)
+        self.precision = precision or folders.recipe_for(self.base)["precision"] or fast.default_precision(self.device)
         self.sd = checkpoint.load(self.base, self.device, devices.DTYPES[self.precision], tokenizer)
         self.networks = {"unet": self.sd.unet, "text_encoder": self.sd.text_encoder}
         self.loras: list[tuple[dict[str, layers.Factors], float]] = []
+        self._hasten()
 
     def add_lora(self, path: str | Path, weight: float = 1.0) -> "Drawing":
         """Merge a LoRA file (or a run's folder) into the weights, times `weight`, beside those added before. ValueError as
@@ -40,7 +41,12 @@ class Drawing:
             layers.remove(network)
             layers.set_factors(network, layers.of_network(combined, name))
             layers.merge(network)
+        self._hasten()
         return self
+
+    def _hasten(self) -> None:
+        if self.device.type == "cpu":
+            fast.use(self.sd.unet, self.sd.text_encoder, self.sd.vae)
 
     def draw(self, prompts: str | list[str], seeds: list[int] | None = None, negative_prompt: str = "", resolution: int = 128,
              sampler: str = "ddim", steps: int = 50, guidance_scale: float | None = None, eta: float = 0.0,

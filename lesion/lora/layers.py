@@ -144,8 +144,8 @@ def remove(network: nn.Module) -> None:
         kind = nn.Linear if isinstance(layer, LoRALinear) else nn.Conv2d
         plain = kind.__new__(kind)
         plain.__dict__ = {**layer.__dict__, "_modules": {}}
-        for name in ("scale", "merged_from"):
-            plain.__dict__.pop(name)
+        for name in ("scale", "merged_from", "forward"):  # a fast way to compute is of the LoRA layer: lesion.sd.fast.use makes it anew
+            plain.__dict__.pop(name, None)
         parent_path, _, name = path.rpartition(".")
         network.get_submodule(parent_path).register_module(name, plain)
 

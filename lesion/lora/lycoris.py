@@ -1,9 +1,7 @@
-"""What LyCORIS and peft call LoHa, LoKr, CP-decomposed LoCon and DoRA, each turned into the plain factors that it
-equals.
+"""LoHa, LoKr, CP-decomposed LoCon and DoRA, each turned into the plain factors that it equals.
 
-Sources: LoHa arXiv:2108.06098 (FedPara), LoKr arXiv:2309.14859 section 3, CP decomposition arXiv:2108.06098 prop. 3,
-DoRA arXiv:2402.09353 eq. 5; the axes and scales are those of LyCORIS' modules and of peft's, whose formulas differ in
-no other point. Proven by tests/parity/test_lora_kinds.py.
+Sources: LoHa arXiv:2108.06098 (FedPara), LoKr and LyCORIS arXiv:2309.14859, DoRA arXiv:2402.09353 eq. 5; axes and scales
+are those of LyCORIS' modules and of peft's, and where these two differ it is said. Proven by tests/parity/test_lora_kinds.py.
 """
 import torch
 from torch import Tensor, nn
@@ -14,8 +12,7 @@ LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
 
 def dense(delta: Tensor) -> Factors:
-    """A full update, shaped like the weight, as factors of which one is the identity: exact, rank min(out, in) at
-    most."""
+    """A full update, shaped like the weight, as factors of which one is the identity: exact; rank min(out, in) at most."""
     out, inside = delta.shape[0], delta[0].numel()
     if delta.ndim == 2 and inside < out:
         return Factors(torch.eye(inside), delta, float(inside))

@@ -39,7 +39,7 @@ def build(folder: Path, data: Path | None, shown: tuple[str, str] = ("W1", "S2")
     ValueError if the predictions are damaged, of different tests, or of other tiles than `data`'s.
     """
     runs = predictions.read_runs(folder)
-    args = json.loads((folder / "args.json").read_text(encoding="utf-8")) if (folder / "args.json").is_file() else {}
+    args = json.loads((folder / "args.json").read_text(encoding="utf8")) if (folder / "args.json").is_file() else {}
     results = comparison.analyse(runs, CONTRASTS, primary=PRIMARY, progress=progress)
     results["subgroups"] = comparison.subgroups(runs, groups_of(data, runs)) if data else []
     results["run"] = {key: args.get(key) for key in ("arch", "weights", "image_size", "epochs", "batch_size", "lr",

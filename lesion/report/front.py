@@ -6,7 +6,7 @@ from lesion.report import classification, page, pictures, plots, plots_readers
 from lesion.report.page import bullets, contents, facts, figure, heading, paragraph
 
 CONTRASTS = (("O1", "S2"), ("A1", "S2"), ("W1", "S2w"))  # one factor each: repeated tiles, none, none under a weighted loss
-TILES, ROWS = 10, 4  # tiles of a set, sets: more would not leave room for the rest of the page
+TILES, ROWS, LIMITS = 10, 4, 7  # tiles of a set, sets, limits: more would not leave room for the rest of the page
 
 
 def build(results: dict, sections: dict[str, list[dict]], about: list[tuple[str, str]]) -> tuple[list, dict]:
@@ -32,6 +32,8 @@ def build(results: dict, sections: dict[str, list[dict]], about: list[tuple[str,
     if cells:
         rows.append(cells)
     said = _limits(results)
+    if len(said) > LIMITS:
+        said = [*said[:LIMITS], f"{len(said) - LIMITS} more in the parts that follow."]
     rows.append([*([[heading("Limits"), bullets(said)]] if said else []), [heading("About this report"), facts(about), contents()]])
     return rows, figures
 
@@ -55,16 +57,17 @@ def _verdict(results):
 def _certainty(results):
     """The differences of AUROC with intervals, drawn and in words."""
     found = {(row["first"], row["second"]): row["metrics"]["auroc"] for row in results["contrasts"]}
+    seeds = {(row["first"], row["second"]): row["seeds"] for row in results["contrasts"]}
     rows = []
     for pair in CONTRASTS:
         cell = found.get(pair)
         words = "not run" if cell is None else f"{page.difference(cell)}  {cell['verdict']}"
         if cell and cell["low"] is None:
-            words += ", too few seeds for an interval"
+            words += ", too few seeds for an interval" if len(seeds[pair]) == 2 else ", no interval"
         rows.append((f"{pair[0]} → {pair[1]}", words, cell))
     said = "; ".join(f"{name}: {words}" for name, words, _ in rows)
     caption = ("AUROC with synthetic tiles minus AUROC with the real ones repeated (O1), with none (A1), with none under a "
-               "weighted loss (W1); 95 % intervals; filled: p < .05 after Holm's correction.")
+               "weighted loss (W1); 95 % intervals; filled: supported or harmful.")
     block = figure("answer", caption, f"AUROC differences with 95 % intervals. {said}.")
     return [heading("How sure is that?"), block], {"answer": plots.answer(rows)}
 

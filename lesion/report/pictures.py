@@ -28,9 +28,9 @@ METHOD = (
     "the set from real tiles; .5 is not at all, 1 is always. Points that mix in a t-SNE map prove nothing.",
     "A copy is a tile whose nearest training tile, over the 8 views that turning and mirroring give, is "
     "relatively nearer (nearest over fifth nearest, after arXiv:2301.13188) than it is for 99 % of held-out real "
-    "tiles, by pixels (16 x 16, brightness, cast and contrast taken out) or by features; so about 1 % of real "
-    "tiles are called copies too. Planted copies that are turned, noisy, recompressed or darker are found; one "
-    "shifted by 0.5 mm or more often is not. The three-sample test (arXiv:2004.05675) asks whether synthetic "
+    "tiles, by pixels (16 x 16, brightness, cast and contrast taken out) or by features; so about 1 % of "
+    "further real tiles, on which the limit was not set, are called copies too. Planted copies that are turned, noisy, "
+    "recompressed or darker are found; one shifted by 0.5 mm or more often is not. The three-sample test (arXiv:2004.05675) asks whether synthetic "
     "tiles lie nearer to the training tiles than held-out real ones do: z far below 0 is copying spread thin. "
     "Held-out tiles are of other patients, which by itself moves z below 0.",
 )
@@ -129,7 +129,7 @@ def findings(results: dict) -> list[str]:
         if row["name"] in copies:
             copy = copies[row["name"]]
             called = "1 is called a copy" if copy["copies"] == 1 else f"{copy['copies']} are called copies"
-            text += f"; {called} of a training tile ({_percent(copy)}, real tiles about 1 %)"
+            text += f"; {called} of a training tile ({_percent(copy)}, about 1 % of real tiles on which the limit was not set)"
         texts.append(text + ".")
     if ceiling:
         texts.append(f"Held-out real tiles against the same training tiles: {_auc(ceiling['against_real'])}.")

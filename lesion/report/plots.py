@@ -17,7 +17,7 @@ WIDTH = 7.2  # inches: A4 less its margins
 SETTINGS = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10,
             "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9,
             "legend.frameon": False, "svg.hashsalt": "lesion", "savefig.dpi": 160,
-            "text.parse_math": False}  # a folder may be called a$b{c
+            "axes.facecolor": "none", "text.parse_math": False}  # a folder may be called a$b{c
 
 
 def save(figure: Figure, folder: Path, stem: str) -> None:

@@ -33,25 +33,12 @@ def device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-def default_precision(where: torch.device) -> str:
-    """fp16 on CUDA, the study's setting; fp32 on a CPU."""
-    return "fp16" if where.type == "cuda" else "fp32"
-
-
 def cpu_name() -> str:
     """The processor's name, as the system tells it."""
     info = Path("/proc/cpuinfo")
     names = [line.split(":", 1)[1].strip() for line in info.read_text(encoding="utf-8").splitlines() if line.startswith("model name")] \
         if info.is_file() else []
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def cpu_has_bf16() -> bool:
-    """Whether the processor multiplies bf16 matrices in hardware (avx512_bf16 or amx); without it bf16 is slower than fp32."""
-    check = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    info = Path("/proc/cpuinfo")
-    flags = info.read_text(encoding="utf-8") if info.is_file() else ""
-    return bool(check and check()) and ("avx512_bf16" in flags or "amx_bf16" in flags)
 
 
 def autocast(where: torch.device, precision: str) -> contextlib.AbstractContextManager:

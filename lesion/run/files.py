@@ -27,6 +27,7 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 MISSING = {"", "na", "n/a", "nan", "null", "none", "<na>"}
 IDS = frozenset({"isic_id", "patient_id", "lesion_id"})
 TEXTS = frozenset({"text", "caption", "prompt", "split", "sha256"})
+KNOWN = IDS | TEXTS | {"label", "attributes", "metadata"}
 
 
 @contextlib.contextmanager
@@ -237,8 +238,8 @@ def read_manifest(folder: Path) -> list[dict]:
 
 def check_row(row: dict, place: str) -> None:
     """Put the known values of a manifest's row into their types: missing ones None, ids text. ValueError names `place`."""
-    for name in (*IDS, *TEXTS, "label", "attributes"):
-        if name in row and is_missing(row[name]):
+    for name, value in row.items():
+        if value != value or name in KNOWN and is_missing(value):  # NaN, which is no JSON, in any column
             row[name] = None
     for name in row.keys() & IDS:
         if not isinstance(row[name], str | int | float | None):
@@ -248,8 +249,9 @@ def check_row(row: dict, place: str) -> None:
         check_text(row[name], f"{place}: {name}")
     if not isinstance(row.get("label"), str | int | float | None):
         raise ValueError(f"{place}: label is of type {type(row['label']).__name__}, expected text or a number")
-    if not isinstance(row.get("attributes"), dict | None):
-        raise ValueError(f"{place}: attributes is of type {type(row['attributes']).__name__}, expected an object of name: value")
+    for name in ("attributes", "metadata"):
+        if not isinstance(row.get(name), dict | None):
+            raise ValueError(f"{place}: {name} is of type {type(row[name]).__name__}, expected an object of name: value")
 
 
 def check_text(value: object, place: str) -> str | None:

@@ -61,8 +61,9 @@ FILE = {"model": {"target": "LatentDiffusion", "base_learning_rate": ANY, "param
 
 
 def beside(file: Path) -> Path | None:
-    """The .yaml (or .yml) that belongs to a single-file checkpoint, if there is one."""
-    return next((path for ending in (".yaml", ".yml") if (path := file.with_suffix(ending)).is_file()), None)
+    """The .yaml (or .yml) that belongs to a single-file checkpoint, `model.yaml` or `model.safetensors.yaml`, if there is one."""
+    named = [file.with_name(stem + ending) for stem in (file.stem, file.name) for ending in (".yaml", ".yml")]
+    return next((path for path in named if path.is_file()), None)
 
 
 def latent_scale(file: Path) -> float:

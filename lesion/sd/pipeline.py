@@ -6,7 +6,7 @@ does not depend on its neighbours in the batch, on the batch size or on the devi
 import torch
 from torch import Tensor
 
-from lesion.sd import samplers
+from lesion.sd import fast, samplers
 from lesion.sd.checkpoint import StableDiffusion
 
 
@@ -46,7 +46,8 @@ def draw(sd: StableDiffusion, context: Tensor, negative_context: Tensor, seeds: 
     def network(x: Tensor, timesteps: Tensor, both: Tensor) -> Tensor:
         return sd.unet(x.to(dtype), timesteps, both).float()
     noise_fn = samplers.guided(network, context.to(dtype), negative_context.to(dtype), guidance_scale)
-    drawn = samplers.SAMPLERS[sampler](noise_fn, first if latents is None else latents, steps, eta, fresh, on_step)
+    with fast.same_text(sd.unet):
+        drawn = samplers.SAMPLERS[sampler](noise_fn, first if latents is None else latents, steps, eta, fresh, on_step)
     bad = [seed for seed, image in zip(seeds, drawn) if not image.isfinite().all()]
     if bad:
         raise ValueError(f"the images of seeds {bad} end in NaN or infinity: is the checkpoint or LoRA damaged? In fp16, try bf16 or fp32")

@@ -32,7 +32,7 @@ def check_vocabulary(folder: Path, rows: int) -> None:
     found = tokenizer_files(folder)
     whole = _json(folder / "tokenizer.json") if "tokenizer.json" in found else {}
     both = []
-    if whole:
+    if "tokenizer.json" in found:
         model = whole.get("model")
         if not isinstance(model, dict) or not isinstance(model.get("merges"), list):
             raise ValueError(f"{folder / 'tokenizer.json'} holds no byte-pair model; give --tokenizer DIR")

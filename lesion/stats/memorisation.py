@@ -139,11 +139,12 @@ def three_sample(synthetic: np.ndarray, held_out: np.ndarray, synthetic_cells: n
                  held_out_cells: np.ndarray | None = None, least: int = 10) -> ThreeSample:
     """Do synthetic tiles lie nearer to the training tiles than held-out real ones do? (Meehan et al., arXiv:2004.05675)
 
-    synthetic [M], held_out [N]: each tile's distance to its nearest training tile. z = (U - NM/2) / sqrt(NM (N+M+1) /
-    12) with U the Mann-Whitney count of pairs in which the synthetic tile is the further one: below 0 is
-    copying, above 0 under-fitting. With cells [M], [N] (`cells`): c_t = mean of the cells' z weighted by their shares
-    of held-out tiles, over cells with at least `least` of each kind; its null spread is the root of the summed
-    squared weights. It finds a generator that copies in one region and is far off elsewhere. p: one-sided, of no
+    synthetic [M], held_out [N]: each tile's distance to its nearest training tile. U: the Mann-Whitney count of pairs in
+    which the synthetic tile is the further one, ties half. z = (U - NM/2) / sqrt(NM/12 (N+M+1 - sum (t^3 - t) / ((N+M)
+    (N+M-1)))), t the sizes of groups of equal distances (exact copies are all 0 away): below 0 is copying, above 0
+    under-fitting; 0 where all distances are equal. With cells [M], [N] (`cells`): c_t = mean of the cells' z weighted by
+    their shares of held-out tiles, over cells with at least `least` of each kind; its null spread is the root of the
+    summed squared weights. It finds a generator that copies in one region and is far off elsewhere. p: one-sided, of no
     copying.
     """
     synthetic, held_out = np.asarray(synthetic, float), np.asarray(held_out, float)
@@ -170,7 +171,9 @@ def three_sample(synthetic: np.ndarray, held_out: np.ndarray, synthetic_cells: n
 def _mann_whitney_z(x, y):
     u = stats.mannwhitneyu(x, y, method="asymptotic").statistic  # pairs with x above y, ties half
     m, n = len(x), len(y)
-    return float((u - m * n / 2) / np.sqrt(m * n * (m + n + 1) / 12))
+    ties = np.unique(np.concatenate([x, y]), return_counts=True)[1].astype(float)
+    spread = m * n / 12 * (m + n + 1 - (ties ** 3 - ties).sum() / ((m + n) * (m + n - 1)))
+    return 0.0 if spread <= 0 else float((u - m * n / 2) / np.sqrt(spread))
 
 
 def cells(training: np.ndarray, *others: np.ndarray, count: int = 10, seed: int = 0) -> list[np.ndarray]:

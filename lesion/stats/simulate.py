@@ -52,14 +52,11 @@ def grid(quick: bool = False) -> list[Cell]:
         return [Cell("auroc", "both", 28, 1, 3, 150), Cell("auroc", "tile noise", 79, 5, 1, 150),
                 Cell("metrics", "both", 28, 1, 3, 20), Cell("subgroup", "both", 1200, 40, 3, 150),
                 Cell("readers", "crossed", 20, 1, 5, 60)]
-    cells = [Cell("auroc", regime, positives, tiles, runs, 2000)
-             for positives, tiles in AUROC_SIZES for runs in (1, 3, 5, 10) for regime in REGIMES
-             if runs > 1 or regime == "tile noise"]
-    cells += [Cell("subgroup", "both", patients * 40, 40, runs, 2000) for patients in (10, 30) for runs in (1, 3, 5)]
-    cells += [Cell("readers", "crossed", count, 1, number, 1000) for count in (20, 40) for number in (3, 5, 8)]
-    cells += [Cell("metrics", regime, positives, tiles, runs, 400)
-              for positives, tiles in METRIC_SIZES for runs in (1, 3, 5) for regime in REGIMES
-              if runs > 1 or regime == "tile noise"]
+    cells = [Cell("subgroup", "both", patients * 40, 40, runs, 2000) for patients in (10, 30) for runs in (1, 3, 5)]
+    cells += [Cell("readers", "crossed", count, 1, number, 500) for count in (20, 40) for number in (3, 5, 8)]
+    for kind, sizes, counts, sets in (("metrics", METRIC_SIZES, (1, 3, 5), 300), ("auroc", AUROC_SIZES, (1, 3, 5, 10), 2000)):
+        cells += [Cell(kind, regime, positives, tiles, runs, sets) for positives, tiles in sizes for runs in counts
+                  for regime in REGIMES if runs > 1 or regime == "tile noise"]
     return cells
 
 

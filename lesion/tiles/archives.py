@@ -6,13 +6,12 @@ are refused. Proven by tests/tiles/test_isic.py and tests/tiles/test_hostile.py.
 import os
 import re
 import zipfile
-from collections import Counter
 from pathlib import Path
 
 from lesion.tiles.decode import TILE_BYTES
 from lesion.tiles.names import arrange, is_hidden
 from lesion.tiles.source import Source, origin_of, tile_id
-from lesion.tiles.tables import READ_ERRORS, TABLE_BYTES, Table
+from lesion.tiles.tables import READ_ERRORS, TABLE_BYTES, Table, bare_id
 
 RATIO = 200  # a table packs 5 to 10 times; what unpacks to more than this times its size is made to fill a memory
 DAMAGED = (*READ_ERRORS, KeyError, TypeError, AttributeError, IndexError, RecursionError, ValueError)
@@ -112,7 +111,11 @@ def hdf5(path: Path) -> Source:
         names = list(handle.keys())
     except DAMAGED as error:
         raise ValueError(f"{path} is not a readable hdf5 file: {error or type(error).__name__}") from None
-    where, size = {tile_id(name, path.name): name for name in names if not is_hidden(name)}, path.stat().st_size
+    where, size = {}, path.stat().st_size
+    for name in names:
+        isic_id = tile_id(bare_id(name), path.name)
+        if where.setdefault(isic_id, name) != name:
+            raise ValueError(f"{path.name} holds {isic_id} twice: {where[isic_id]} and {name}")
 
     def dataset(name):
         if not isinstance(handle.get(name, getlink=True), h5py.HardLink):
@@ -144,6 +147,4 @@ def hdf5(path: Path) -> Source:
         except DAMAGED:
             return [-1, size]
 
-    return Source("hdf5 file", where, read, stamp, lambda i: origin_of(path.name),
-                  skipped=Counter({"files of the system (._*, __MACOSX, .DS_Store ...)": hidden}
-                                  if (hidden := len(names) - len(where)) else {}))
+    return Source("hdf5 file", where, read, stamp, lambda i: origin_of(path.name))

@@ -76,14 +76,24 @@ def _from_paths(layout: str, folder: Path, where: dict, found: Names) -> Source:
 
 
 def listings(folder: Path) -> list[Path]:
-    """metadata.jsonl, or metadata.csv with a file_name column, in `folder` or its train, val, test folders."""
+    """metadata.jsonl, or metadata.csv or another table with a file_name column, in `folder` or its train, val, test folders."""
     found = []
     for place in [folder, *(p for p in sorted(folder.iterdir()) if p.is_dir() and p.name.lower() in SPLITS)]:
         if (place / files.MANIFEST).is_file():
             found.append(place / files.MANIFEST)
         elif (place / "metadata.csv").is_file() and "file_name" in header_of(file_table(place / "metadata.csv")):
             found.append(place / "metadata.csv")
+        else:
+            found += [path for path in sorted(place.glob("*.csv")) if not is_hidden(path.name) and _lists_files(path)]
     return found
+
+
+def _lists_files(path):
+    try:
+        names = header_of(file_table(path))
+    except ValueError:
+        return False
+    return "file_name" in names and any(name in names for name in LABEL_COLUMNS)
 
 
 def imagefolder(folder: Path, tables: list[Path], label_map: dict[str, str] | None = None) -> Source:

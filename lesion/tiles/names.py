@@ -106,7 +106,9 @@ def _caption(name, read):
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text ({error.reason} at byte {error.start}): save the caption as UTF-8") from None
-    return check_text(text.replace("\0", "").strip(), name)
+    if "\0" in text:
+        raise ValueError(f"{name} holds zero bytes: save the caption as UTF-8")
+    return check_text(text.strip(), name)
 
 
 def _all_used(captions, used, tiles, found):
@@ -119,7 +121,9 @@ def _all_used(captions, used, tiles, found):
             found.skipped[os.path.splitext(base)[1].lower() + " about the set"] += 1
         else:
             lost.append(name)
-    if lost:
+    if lost and not used and len(lost) <= max(2, len(tiles) // 10):  # lists such as train.txt, in a set without captions
+        found.skipped[".txt about the set"] += len(lost)
+    elif lost:
         raise ValueError(f"{len(lost)} captions belong to no tile (first: {lost[0]}): a caption lies beside its tile and has its name, "
                          "a.txt for a.jpg; move or remove them")
 

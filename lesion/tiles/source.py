@@ -82,6 +82,8 @@ def read_labels(table: Table, source: Source, label_map: dict[str, str] | None =
         place = f"{table.name}, line {line}"
         if isic_id is None:
             raise ValueError(f"{place}: no isic_id")
+        if isic_id not in source.where:
+            isic_id = tile_id(isic_id, place)
         if classes:
             chosen = [name for name, value in zip(classes, values) if _share(value, place) >= 0.5]
             if len(chosen) != 1:

@@ -9,6 +9,7 @@ import csv
 import io
 import lzma
 import re
+import shlex
 import struct
 import unicodedata
 import zipfile
@@ -31,10 +32,11 @@ CAPTION_COLUMNS = ("text", "caption", "prompt")
 KNOWN = {*ID_COLUMNS, *LABEL_COLUMNS, *CAPTION_COLUMNS, "patient_id", "lesion_id", "split", "file_name", "attributes"}
 DIAGNOSES = {"mel": "malignant", "bcc": "malignant", "scc": "malignant", "akiec": "malignant", "nv": "benign", "ak": "benign",
              "bkl": "benign", "df": "benign", "vasc": "benign", "unk": "skip"}  # ISIC 2018 to 2019, HAM10000
-PICTURES = ("jpg", "jpeg", "png", "webp", "bmp")
+PICTURES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp")
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 TABLE_BYTES = 2 << 30  # Kaggle's, the largest known, has 246 MB
 LINE = 1 << 20         # characters
+LEADS_OUT = re.compile(r"(^|[/\\])\.\.([/\\]|$)|^[/\\]|^[A-Za-z]:")
 
 
 @dataclass
@@ -106,8 +108,10 @@ def _value(cell, is_id, decimal_comma):
 
 
 def bare_id(cell: str) -> str:
-    """An id as tables write it, without spaces around and a picture's ending, in Unicode's composed form (NFC)."""
+    """An id as tables write it, without spaces around, folders before and a picture's ending, in Unicode's composed form (NFC)."""
     cell = cell.strip()
+    if ("/" in cell or "\\" in cell) and not LEADS_OUT.search(cell):  # else it stays as it is, to be refused
+        cell = cell.replace("\\", "/").rpartition("/")[2]
     stem, dot, ending = cell.rpartition(".")
     cell = stem if dot and ending.lower() in PICTURES else cell
     return cell if cell.isascii() else unicodedata.normalize("NFC", cell)
@@ -191,8 +195,8 @@ def _fit(line, sign):
 
 
 def some(names: list[str]) -> str:
-    """The first six of `names`, for a message."""
-    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "") if names else "no columns"
+    """The first six of `names`, for a message of one line."""
+    return ", ".join(" ".join(name.split())[:40] for name in names[:6]) + (", ..." if len(names) > 6 else "") if names else "no columns"
 
 
 def label_of(value: object, place: str, label_map: dict[str, str] | None = None) -> str:
@@ -207,7 +211,8 @@ def label_of(value: object, place: str, label_map: dict[str, str] | None = None)
     except ValueError:
         pass
     if word not in LABELS:
-        hint = f", or say what it means with --label-map {word}=malignant" if re.search("[a-z]", word) and value is not None else ""
+        known = value is not None and len(word) < 60 and re.fullmatch(r"[\w .,/()-]*[^\W\d][\w .,/()-]*", word)
+        hint = f", or say what it means with --label-map {shlex.quote(word + '=malignant')}" if known else ""
         raise ValueError(f"{place}: label {value!r} is not allowed: use 0 or benign, 1 or malignant{hint}")
     return LABELS[word]
 

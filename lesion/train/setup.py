@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lesion.lora import formats, layers
 from lesion.run import devices, files, folders
 from lesion.run.state import files_sha256, provenance
+from lesion.sd import fast
 from lesion.sd.checkpoint import StableDiffusion
 from lesion.tiles.decode import Tiles, load_tiles, recorded_norm
 
@@ -56,13 +57,14 @@ class Recipe:
     sample_count: int
     sample_steps: int
     device: str
+    plain: bool
 
     @classmethod
     def of_flags(cls, flags: dict, device: torch.device) -> "Recipe":
         """The recipe of parsed flags: where one was not given, the base's default (steps, lr) or the device's (precision)."""
         known = {field.name: flags[field.name] for field in fields(cls)}
         known |= {name: value for name, value in folders.recipe_for(flags["base"]).items() if known.get(name, 0) is None}
-        known["precision"] = known["precision"] or devices.default_precision(device)
+        known["precision"] = known["precision"] or fast.default_precision(device)
         return cls(**known)
 
     def flags(self) -> dict:

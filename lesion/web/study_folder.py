@@ -89,16 +89,11 @@ def _manifest(source: Path) -> list[dict]:
     return rows
 
 
-def _is_leftover(path: Path) -> bool:
-    """What a creation that was killed can leave beside `tiles`: a file that lesion.run.files had not renamed yet."""
-    return path.name.startswith(".") and path.name.endswith(".tmp") and path.is_file()
-
-
 def _check_unused(folder: Path) -> None:
-    if folder.exists() and any(path.name != "tiles" and not _is_leftover(path) for path in folder.iterdir()):
+    if folder.exists() and any(path.name != "tiles" and path.name[0] != "." for path in folder.iterdir()):
         raise ValueError(f"{folder} holds other things and no study.json: give a new folder")
     pictures = (folder / "tiles").iterdir() if (folder / "tiles").is_dir() else ()
-    if foreign := next((path for path in pictures if not re.fullmatch(TILE + r"\.png", path.name) and not _is_leftover(path)), None):
+    if foreign := next((path for path in pictures if not re.fullmatch(TILE + r"\.png|\..*\.tmp", path.name)), None):
         raise ValueError(f"{foreign} is no tile of a study: give a new folder")
 
 

@@ -24,7 +24,7 @@ def _chromium():
         pytest.skip("needs a browser: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", "--window-size=1280,800",
                  "--disable-background-timer-throttling", "--disable-renderer-backgrounding"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
@@ -61,7 +61,7 @@ class LabelServer:
     def start(self):
         """Start, and note the links that are printed."""
         self.process = subprocess.Popen([sys.executable, "-m", "lesion", "label", str(self.folder), "--port", str(self.port),
-                                         "--no-browser", *self.flags], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+                                         "--no-browser", *self.flags], cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8")
         self.links = {}
         for line in self.process.stdout:
             name, _, rest = line.partition(": ")

@@ -239,18 +239,23 @@ return [...document.querySelectorAll("h1,h2,p,li,a,button,button span,kbd,legend
 """
 
 
+# width and height in CSS pixels, side of the picture; the last two are 1440x900 and 1366x640 at 200 % zoom
+SIZES = ((390, 844, 256), (360, 740, 256), (820, 1180, 384), (1366, 640, 256), (1440, 900, 384), (3840, 2160, 768), (720, 450, 256),
+         (683, 320, 256))
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_pages_are_legible_and_fit(browser, serve, scheme):
     """Every text has a contrast of at least 4.5 (WCAG AA) in light and dark; no page scrolls sideways on a phone; every
-    control has a name; the picture has the same size on phone pages and on desktop pages of either scheme."""
+    control has a name; the picture has one size a screen, is wholly in view, and at 200 % the answers stand beside it."""
     server = serve(4)
     reader = Reader(browser, browser.current_window_handle, server.links["reader-1"])
     reader.agree()
     media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-    for width, height, side in ((360, 740, 256), (820, 1180, 384), (1280, 800, 384)):
+    for width, height, side in SIZES if scheme == "light" else SIZES[:1]:
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
-            "width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 1000})
+            "width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 700 and height > width})
         for link in (server.links["reader-2"], server.links["reader-1"], server.links["organiser"]):
             browser.get(link)
             low = [pair for pair in browser.execute_script(CONTRAST) if pair[0] < 4.5]
@@ -260,6 +265,10 @@ def test_pages_are_legible_and_fit(browser, serve, scheme):
             assert [node.tag_name for node in controls if node.is_displayed() and not node.accessible_name] == []
             if link == server.links["reader-1"]:
                 reader.at(1)
-                assert browser.find_element(By.ID, "tile").size == {"width": side, "height": side}
+                tile = browser.find_element(By.ID, "tile").rect
+                assert (tile["width"], tile["height"]) == (side, side)
+                assert 0 <= tile["y"] <= height - side
+                first = browser.find_element(By.CSS_SELECTOR, "button[name=rating]").rect
+                assert first["y"] + first["height"] <= height
                 if folder := os.environ.get("LESION_SCREENSHOTS"):
                     browser.save_screenshot(f"{folder}/tile-{width}-{scheme}.png")

@@ -56,11 +56,19 @@ def test_training_sets():
 
 def test_own_parts_are_obeyed():
     """Train, val and test of the data set are used as they are."""
-    rows = make({"train": (20, 6), "val": (6, 4), "test": (8, 4)})
+    rows = make({"train": (20, 6), "val": (6, 4), "test": (8, 20)})
     parts = arms.split_parts(rows, 0.2, 0)
-    assert [len(part) for part in (parts.train, parts.val, parts.test)] == [26, 10, 12]
+    assert [len(part) for part in (parts.train, parts.val, parts.test)] == [26, 10, 28]
     assert not parts.val_held_back
     assert parts.notes == []
+
+
+def test_too_few_malignant_patients_are_told_before_training():
+    """Malignant test tiles of nine patients: a note, hours before the report can only say so; of ten: none."""
+    for malignant, told in ((18, True), (20, False)):
+        parts = arms.split_parts(make({"train": (20, 6), "val": (6, 4), "test": (8, malignant)}), 0.2, 0)
+        assert any("come from 9 patients: under 10 the report gives numbers" in note for note in parts.notes) == told
+        assert len(parts.notes) == told
 
 
 @pytest.mark.parametrize("other", ["val", "test"])
@@ -120,6 +128,10 @@ def test_choices_do_not_depend_on_order_and_nest():
     (lambda rows: [row.update(label="benign") for row in rows if row["split"] == "test"], "test part has no malignant"),
     (lambda rows: rows[0].update(patient_id=rows[-1]["patient_id"]), "1 patients are in both train and test"),
     (lambda rows: rows[0].update(sha256=rows[-1]["sha256"]), "1 identical tiles are in both train and test"),
+    (lambda rows: rows[60].update(patient_id=rows[-1]["patient_id"]), "1 patients are in both val and test"),
+    (lambda rows: rows[60].update(sha256=rows[-1]["sha256"]), "1 identical tiles are in both val and test"),
+    (lambda rows: rows[0].update(patient_id=rows[60]["patient_id"]), "1 patients are in both train and val"),
+    (lambda rows: rows[0].update(sha256=rows[60]["sha256"]), "1 identical tiles are in both train and val"),
 ])
 def test_bad_parts(change, words):
     """One part only, an unknown label, a doubled id, a class missing, a patient or a copy on both sides: refused."""

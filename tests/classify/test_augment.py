@@ -88,3 +88,12 @@ def test_all_views_are_equally_likely():
     _, counts = torch.unique(seen, dim=0, return_counts=True)
     assert len(counts) == 8
     assert counts.min() > 500 - 4 * math.sqrt(500)
+
+
+def test_constants_of_imagenet():
+    """Mean and deviation that torchvision's weights expect: those of its own presets."""
+    from torchvision.transforms._presets import ImageClassification
+    preset = ImageClassification(crop_size=224)
+    assert (list(augment.MEAN), list(augment.STD)) == (preset.mean, preset.std) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    grey = augment.normalise(torch.full((1, 2, 2, 3), 128, dtype=torch.uint8))[0, :, 0, 0]
+    assert grey.tolist() == pytest.approx([(128 / 255 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (128 / 255 - 0.406) / 0.225], abs=1e-5)

@@ -152,3 +152,48 @@ def test_damaged_state_is_named(tiles, tmp_path):
     (tmp_path / "state").write_bytes(b"torn")
     with pytest.raises(ValueError, match="damaged"):
         fit(tiles, tmp_path / "state")
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_loss_of_a_step_by_hand(tiles, tmp_path, weighted):
+    """The first step's loss is sum(w l) / sum(w) of its batch, w by class where weighted, else 1: neither the plain mean of the
+    weighted losses nor their sum."""
+    settings = recipe(steps=1, steps_per_epoch=1, batch_size=20, augmentation="none")
+    labels = tiles[0].labels
+    index = network.batch_of(tiles[0].order, 0, 20, 3)
+    model = network.build("resnet18", "none", 3).train()
+    with torch.no_grad():
+        logits = model(network.normalise(tiles[0].images_u8[index]))[:, 0]
+    losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels[index].float(), reduction="none")
+    weights = torch.tensor([0.75, 1.5])[labels[index]] if weighted else torch.ones(20)  # 48 benign, 24 malignant tiles
+    rows = network.fit(network.build("resnet18", "none", 3), *tiles, settings, 3, weighted, tmp_path / "state")
+    assert 0 < labels[index].sum() < 20
+    assert rows[0]["loss"] == pytest.approx(float((losses * weights).sum() / weights.sum()), rel=1e-5)
+    assert abs(float((losses * weights).mean()) - rows[0]["loss"]) > 1e-4 or not weighted
+
+
+def test_what_decays():
+    """Weight decay on every kernel and matrix, none on biases and normalisation; every parameter in one group, once."""
+    model = network.build("resnet18", "none", 0)
+    decayed, free = network._groups(model, 0.05)
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.05, 0.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    kernels = {name for name in names.values() if name == "fc.weight" or "conv" in name or "downsample.0" in name}
+    assert {names[id(parameter)] for parameter in decayed["params"]} == kernels
+    assert {names[id(parameter)] for parameter in free["params"]} == set(names.values()) - kernels
+    assert len(decayed["params"]) + len(free["params"]) == len(names)
+
+
+def test_one_step_is_adamw(tiles, tmp_path):
+    """The weights after one step are torch's AdamW's with that decay and rate: betas .9 and .999, eps 1e-8."""
+    settings = recipe(steps=1, steps_per_epoch=1, batch_size=20, augmentation="none", lr=0.01, weight_decay=0.3)
+    ours = network.build("resnet18", "none", 3)
+    network.fit(ours, *tiles, settings, 3, False, tmp_path / "state")
+    theirs = network.build("resnet18", "none", 3).train()
+    index = network.batch_of(tiles[0].order, 0, 20, 3)
+    logits = theirs(network.normalise(tiles[0].images_u8[index]))[:, 0]
+    torch.nn.functional.binary_cross_entropy_with_logits(logits, tiles[0].labels[index].float()).backward()
+    for name, parameter in theirs.named_parameters():
+        rate = network.lr_at(0, settings)
+        torch.optim.AdamW([parameter], lr=rate, weight_decay=0.3 if parameter.ndim > 1 else 0.0).step()
+        torch.testing.assert_close(dict(ours.named_parameters())[name], parameter, rtol=1e-4, atol=1e-5)

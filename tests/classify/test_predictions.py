@@ -1,4 +1,9 @@
 """lesion.classify.predictions: what is written comes back; damaged or foreign tables are refused by name and line."""
+import ast
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -29,6 +34,25 @@ def test_round_trip(tmp_path):
     assert set(run.thresholds) == {classification.choose_threshold(np.array([0, 1] * 4), scores(seed=1))}
     predictions.write(tmp_path / "predictions.csv", parts(patients=False), scores(seed=1), scores())
     assert predictions.read(tmp_path / "predictions.csv").patients is None
+
+
+def test_names_are_utf8_whatever_the_locale(tmp_path):
+    """An id and a patient with umlauts come back as written in a process whose own encoding is ASCII; a BOM, as a
+    spreadsheet puts it, is not part of the first column's name."""
+    both = parts()
+    for row in (*both.val, *both.test):
+        row |= {"file_name": row["file_name"].replace("T", "läsion"), "patient_id": f"Müller{row['patient_id']}"}
+    path = tmp_path / "fold0" / "predictions.csv"
+    predictions.write(path, both, scores(seed=1), scores(), 0)
+    code = ("import sys; from pathlib import Path; from lesion.classify import predictions; folder = Path(sys.argv[1]); "
+            "predictions.merge_folds(folder, 1); run = predictions.read(folder / 'predictions.csv'); "
+            "print(ascii([*map(str, run.ids), *map(str, run.patients)]))")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False,
+                          env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+    assert done.returncode == 0, done.stderr
+    assert set(ast.literal_eval(done.stdout)) == {*(f"läsion{8 + i}" for i in range(8)), *(f"MüllerP{i}" for i in range(4, 8))}
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(predictions.read(path).ids) == 8
 
 
 def test_folds_are_merged_when_all_are_there(tmp_path):

@@ -167,16 +167,6 @@ def test_only_benign_training_tiles(data, tmp_path):
         run("unet", data, tmp_path / "out")
 
 
-def test_measures():
-    """PSNR of a constant error e is 20 log10(255 / e); the high-frequency ratio of a picture with itself is 1, of its blur small."""
-    image = np.full((1, 64, 64, 3), 100, np.uint8)
-    assert autoencoder.psnr(image, image + 10) == pytest.approx(20 * np.log10(25.5))
-    noise = np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3)).astype(np.uint8)
-    assert autoencoder.high_frequency_ratio(noise, noise) == pytest.approx(1)
-    blurred = np.stack([np.asarray(Image.fromarray(i).resize((8, 8)).resize((64, 64))) for i in noise])
-    assert autoencoder.high_frequency_ratio(noise, blurred) < 0.05
-
-
 def test_check(data, tmp_path, capsys):
     """--stage check reports the autoencoder beside the bicubic baseline, on split val alone."""
     run("vae", data, tmp_path / "out")

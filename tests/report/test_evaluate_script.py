@@ -3,35 +3,14 @@ import json
 
 import numpy as np
 import pytest
+from made_runs import results_of, write_run
 
 import evaluate
 from lesion.classify import predictions
-from lesion.classify.arms import CONTRASTS, Parts
-from lesion.report import classification
+from lesion.classify.arms import Parts
+from lesion.report import classification, page
 from lesion.run import files
 from lesion.stats import comparison
-
-
-def write_run(folder, gains: dict, seeds=2, malignant=40, benign=200, shift=None, data_rows=None):
-    """A run folder of made-up predictions: gains is {arm: how much better it separates the classes}."""
-    rng = np.random.default_rng(0)
-    rows = data_rows or [{"file_name": f"images/T{i:04d}.jpg", "isic_id": f"T{i:04d}", "patient_id": f"P{i // 2}",
-                          "label": "malignant" if i % (benign // malignant + 1) == 0 else "benign"}
-                         for i in range(2 * (malignant + benign))]
-    half = len(rows) // 2
-    parts = Parts([], rows[:half], rows[half:], False)
-    labels = np.array([row["label"] == "malignant" for row in rows])
-    common = rng.normal(size=len(rows))
-    for arm, gain in gains.items():
-        for seed in range(seeds):
-            logits = (1 + gain) * labels - 1.5 + common + 0.2 * rng.normal(size=len(rows)) + (shift or {}).get(arm, 0)
-            scores = 1 / (1 + np.exp(-logits))
-            predictions.write(folder / arm / f"seed{seed}" / "predictions.csv", parts, scores[:half], scores[half:])
-    return rows
-
-
-def results_of(folder):
-    return comparison.analyse(predictions.read_runs(folder), CONTRASTS, resamples=300) | {"run": {}}
 
 
 @pytest.mark.parametrize(("gain", "word"), [(2.0, "Supported"), (0.0, "Not distinguishable"), (-2.0, "Harmful")])
@@ -43,13 +22,72 @@ def test_headline_follows_the_numbers(tmp_path, gain, word):
     assert text.startswith(word)
     assert f"{abs(results['contrasts'][0]['metrics']['auroc']['difference']):.3f}" in text
     assert ("would be found four times in five" in text) == (gain == 0)
+    assert "one run" not in text
+    assert "exploratory" not in text
+
+
+@pytest.mark.parametrize(("gain", "words"), [
+    (2.0, "In this one run synthetic malignant tiles rank test tiles better"),
+    (0.0, "Not distinguishable: this one run does not show"),
+    (-2.0, "In this one run synthetic malignant tiles rank test tiles worse")])
+def test_one_seed_is_one_run(tmp_path, gain, words):
+    """With a single seed the sentence itself says so, and nothing is supported or harmful, whatever the gain."""
+    write_run(tmp_path, {"O1": 0.0, "S2": gain}, seeds=1)
+    results = results_of(tmp_path)
+    text = classification.finding(results)
+    assert text.startswith(words)
+    assert "upported" not in text + " ".join(classification.remarks(results))
+    assert "armful" not in text + " ".join(classification.remarks(results))
+    if gain == 0:
+        assert "With 40 malignant test tiles and one training run only a difference of about" in text
+
+
+@pytest.mark.parametrize(("setting", "why"), [
+    ({"seeds": 2}, "2 training runs tell too little of the next ones"),
+    ({"malignant": 9, "benign": 45}, "test tiles that are malignant come from 9 patients and at least 10 are needed"),
+    ({"malignant": 1, "benign": 20}, "test tiles that are malignant come from 1 patient and at least 10 are needed")])
+def test_too_few_for_a_verdict(tmp_path, setting, why):
+    """Two seeds, nine patients with malignant tiles, a single malignant tile: the difference, the reason, no verdict, no
+    interval; the whole section is still built."""
+    write_run(tmp_path, {"O1": 0.0, "S2": 2.0}, **setting)
+    results = results_of(tmp_path)
+    text = classification.finding(results)
+    assert text.startswith("Too few for a verdict")
+    assert why in text
+    assert f"{page.difference(results['contrasts'][0]['metrics']['auroc'])})" in text
+    assert "four times in five" not in text
+    blocks, _, _ = classification.build(tmp_path, None)
+    rows = next(block["rows"] for block in blocks if block.get("caption", "").startswith("Differences, "))
+    assert {row[5] for row in rows} == {comparison.TOO_FEW}
+    assert not any("[" in cell for row in rows for cell in row)
+
+
+@pytest.mark.parametrize(("first", "second"), [("constant", "perfect"), ("constant", "constant"), ("perfect", "perfect")])
+def test_scores_without_error_are_not_judged(tmp_path, first, second):
+    """A perfect arm against a constant one, constant arms, perfect arms: neither certain nor without difference."""
+    rows = [{"file_name": f"{i}.jpg", "label": ("benign", "malignant")[i % 5 == 0], "patient_id": f"P{i}"} for i in range(240)]
+    parts = Parts([], rows[:120], rows[120:], False)
+    labels = np.array([row["label"] == "malignant" for row in rows])
+    kinds = {"constant": np.full(240, 0.5), "perfect": labels * 1.0}
+    for arm, kind in (("O1", first), ("S2", second)):
+        for seed in range(3):
+            scores = kinds[kind]
+            predictions.write(tmp_path / arm / f"seed{seed}" / "predictions.csv", parts, scores[:120], scores[120:])
+    results = results_of(tmp_path)
+    text = classification.finding(results)
+    assert text.startswith("Cannot be computed")
+    assert "four times in five" not in text
+    assert "[" not in text
+    said = " ".join(classification.remarks(results))
+    assert "cannot be computed for AUROC" in said
 
 
 def test_headline_never_claims_without_the_control(tmp_path):
     """Without O1 the gain could be the class balance, and the text says so; without a contrast nothing is claimed."""
     write_run(tmp_path / "a", {"A1": 0.0, "S2": 2.0})
-    assert "O1, the control for the changed class balance, was not run" in classification.finding(
-        results_of(tmp_path / "a"))
+    text = classification.finding(results_of(tmp_path / "a"))
+    assert "O1, the control for the changed class balance, was not run" in text
+    assert "this contrast is exploratory" in text
     write_run(tmp_path / "b", {"B0": 0.0, "W1": 2.0})
     assert "nothing is claimed" in classification.finding(results_of(tmp_path / "b"))
 
@@ -60,15 +98,22 @@ def test_shifted_threshold_is_called_so(tmp_path):
     text = " ".join(classification.remarks(results_of(tmp_path)))
     assert "at 0.5" in text
     assert "a shifted threshold, not a better classifier" in text
-    assert "at the chosen threshold (recall" not in text
+    blocks, _, _ = classification.build(tmp_path, None)
+    rows = {row[1]: row for block in blocks if block.get("caption", "").startswith("Differences, ") for row in block["rows"]}
+    assert rows["recall at 0.5"][5] == rows["specificity at 0.5"][5] == comparison.SHIFTED
+    assert rows["AUROC (primary)"][3] == rows["AUROC (primary)"][4]
+    assert rows["ECE"][2:5] == [rows["ECE"][2].split(" ")[0], "–", "–"]
 
 
 def test_limits_are_said(tmp_path):
     """One seed, few malignant tiles, arms not run, notes of the run: each is said."""
     write_run(tmp_path, {"O1": 0.0, "S2": 0.0}, seeds=1)
     text = " ".join(classification.limits(results_of(tmp_path) | {"run": {"notes": ["something odd"]}}))
-    for words in ("single training seed", "40 malignant test tiles", "Not run: B0, A1, W1 and S2w.", "Something odd."):
+    for words in ("single training seed", "40 malignant test tiles: no interval is given for recall at 90 % specificity",
+                  "ECE has no interval", "Not run: B0, A1, W1 and S2w.", "Something odd."):
         assert words in text
+    write_run(tmp_path / "many", {"O1": 0.0, "S2": 0.0}, seeds=1, malignant=60, benign=300)
+    assert "no interval is given for" not in " ".join(classification.limits(results_of(tmp_path / "many")))
 
 
 def test_report_from_predictions_alone(tmp_path, run_script):
@@ -83,15 +128,16 @@ def test_report_from_predictions_alone(tmp_path, run_script):
     arguments = ["--classify", tmp_path / "run", "--data", tmp_path / "data", "--out", tmp_path / "report"]
     result = run_script("evaluate.py", *arguments)
     assert result.returncode == 0, result.stderr
-    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/svg+xml;base64,") == 4
+    html = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    # answer, contrasts, curves, confusion on the first page and below, calibration; three of them also for narrow screens
+    assert html.count("data:image/svg+xml;base64,") == 6 + 3
     for words in ("0.65", "O1 → S2", "p (Holm)", "skin tone", "3D: XP", "too few", "McNemar", "W1"):
-        assert words in page
+        assert words in html
     numbers = json.loads((tmp_path / "report" / "results.json").read_text(encoding="utf-8"))["classification"]
     assert set(numbers["arms"]) == set(gains)
     assert {row["group"]: row["n"] for row in numbers["subgroups"]} == {"dark": 34, "light": 206, "3D: XP": 240}
-    assert {path.name for path in (tmp_path / "report" / "figures").iterdir()} == {
-        f"{stem}.{ending}" for stem in ("contrasts", "curves", "confusion", "calibration") for ending in ("png", "svg")}
+    assert {path.name for path in (tmp_path / "report" / "figures").glob("*.*")} == {
+        f"{stem}.{ending}" for stem in ("answer", "contrasts", "curves", "confusion", "calibration") for ending in ("png", "svg")}
     before = {path: path.read_bytes() for path in (tmp_path / "report").rglob("*.*")}
     evaluate.main([str(argument) for argument in arguments])
     assert {path: path.read_bytes() for path in (tmp_path / "report").rglob("*.*")} == before
@@ -116,8 +162,9 @@ def test_bad_input_overwrites_nothing(tmp_path, spoil, words):
     assert [path.name for path in out.rglob("*.*")] == ["report.html"]
 
 
-def test_nothing_to_report():
-    """Without a folder to report on: which flag to give."""
+def test_nothing_to_report(tmp_path, monkeypatch):
+    """Where no command has left anything: which to run, or which flag to give."""
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="give --classify"):
         evaluate.main([])
 

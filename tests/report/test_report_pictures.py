@@ -27,7 +27,8 @@ def test_the_report_is_whole(made):
     done, root = made
     assert done.returncode == 0, done.stderr
     page = (root / "report" / "report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/svg+xml") == 5  # tiles, two maps, worst, attributes
+    assert page.count("data:image/svg+xml") == 2 * 3  # two maps and attributes, each for wide and for narrow screens
+    assert page.count("data:image/png") == 2 * (10 + 10) + 10 + 20 + 2 * 20  # tiles twice, a row of 10 on the first page; pairs
     for words in ("KID", "FID at n = 20", "untrained wavelet scattering", "three-sample", "Skin tone", "one distribution",
                   "asked for no attributes", "mix in a t-SNE map prove nothing"):
         assert words in page
@@ -46,6 +47,22 @@ def test_dropped_copies_make_a_new_set(made):
     assert len(rows) >= 18
     assert (root / "kept" / "phase-1" / "provenance.json").is_file()
     assert len(files.read_manifest(root / "phase-1")) == 25
+
+
+def test_the_same_command_works_again(made, run_script):
+    """README's own command, twice: the second call replaces report and DIR/phase-1 with the same; a folder of somebody
+    else's under --drop-copies is refused before anything is computed, and stays."""
+    _, root = made
+    flags = ["--data", root / "data", "--synthetic", root / "phase-1", "--out", root / "report", "--drop-copies"]
+    before = {path: path.read_bytes() for path in (root / "kept").rglob("*.*")}
+    assert run_script("evaluate.py", *flags, root / "kept", timeout=900).returncode == 0
+    assert {path: path.read_bytes() for path in (root / "kept").rglob("*.*")} == before
+    (root / "mine" / "phase-1").mkdir(parents=True)
+    (root / "mine" / "phase-1" / "notes.txt").write_text("mine")
+    done = run_script("evaluate.py", *flags, root / "mine")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "was not made from" in done.stderr
+    assert [path.name for path in (root / "mine").rglob("*.*")] == ["notes.txt"]
 
 
 def test_features_of_other_images_end_in_one_line(made, run_script):
@@ -68,7 +85,7 @@ def test_features_of_other_images_end_in_one_line(made, run_script):
     (["--synthetic", "nowhere"], "give --data"),
     (["--study", "x", "--drop-copies", "y"], "give --synthetic"),
     (["--synthetic", "nowhere", "--data", "nowhere"], "not a prepared data set"),
-    ([], "nothing to report"),
+    (["--runs", "nowhere"], "nothing to report"),
 ])
 def test_bad_flags_end_in_one_line(run_script, flags, said):
     """Exit code 2 and one line that says what is missing."""

@@ -188,6 +188,34 @@ def test_manifest_rules(tmp_path, rows, problem):
     assert str(tmp_path / "metadata.jsonl") in str(error.value)
 
 
+@pytest.mark.parametrize("missing", [None, float("nan"), "", "  ", "nan", "NaN", "NA", "None", "null"])
+def test_what_is_missing_is_none(tmp_path, missing):
+    """A hole in a known column is None however pandas wrote it; NaN, which is no JSON, in any column."""
+    files.write_manifest(tmp_path, [{"file_name": "a", "text": missing, "patient_id": missing, "split": missing, "label": missing,
+                                     "age": float("nan"), "site": ""}])
+    assert files.read_manifest(tmp_path) == [{"file_name": "a", "text": None, "patient_id": None, "split": None, "label": None,
+                                              "age": None, "site": ""}]
+
+
+def test_known_columns_have_their_types(tmp_path):
+    """Ids are text, 7 and 7.0 one; paths have forward slashes and no ./; one file named in two ways is listed twice."""
+    files.write_manifest(tmp_path, [{"file_name": "./t/a.jpg", "patient_id": 7}, {"file_name": "t\\b.jpg", "patient_id": 7.0}])
+    assert files.read_manifest(tmp_path) == [{"file_name": "t/a.jpg", "patient_id": "7"}, {"file_name": "t/b.jpg", "patient_id": "7"}]
+    files.write_manifest(tmp_path, [{"file_name": "./a"}, {"file_name": "a"}])
+    with pytest.raises(ValueError, match="row 2: 'a' is listed twice"):
+        files.read_manifest(tmp_path)
+
+
+def test_a_manifest_cut_at_its_end_is_refused(tmp_path):
+    """A log may lose the line of a crash; a manifest is written as a whole, and a torn row is a lost tile."""
+    files.write_manifest(tmp_path, [{"file_name": "a"}, {"file_name": "b"}])
+    path = tmp_path / "metadata.jsonl"
+    path.write_bytes(path.read_bytes()[:-4])
+    assert files.read_jsonl(path) == [{"file_name": "a"}]
+    with pytest.raises(ValueError, match="metadata.jsonl, line 2: not JSON"):
+        files.read_manifest(tmp_path)
+
+
 def test_folder_without_manifest(tmp_path):
     """A folder that was never prepared is told how to be."""
     with pytest.raises(ValueError, match="python -m lesion prepare"):

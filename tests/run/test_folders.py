@@ -2,6 +2,10 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -156,3 +160,77 @@ def test_cut_metrics(tmp_path):
         file.write(b'{"step": 5, "lo')
     folders.cut_metrics(path, 2)
     assert path.read_bytes() == kept
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from lesion.run import files, folders
+left = int(sys.argv[2])
+def die(event, args):
+    global left
+    if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "ctypes.dlsym", "os.listdir", "os.scandir"):
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(die)
+with folders.replaced(Path(sys.argv[1])) as new:
+    files.write_bytes(new / "a.txt", sys.argv[3].encode())
+    files.write_bytes(new / "deep" / "b.txt", sys.argv[3].encode())
+print("done")
+"""
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_replaced_at_every_moment_is_old_or_new(tmp_path, exchange):
+    """Killed before each of its calls to the system: the folder is the old one whole or the new one whole (without an exchange
+    of names it may stand beside for a moment, and the next call puts it back); the next call ends well and sweeps."""
+    def contents(folder):
+        return {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.txt"))}
+
+    def call(number, word):
+        program = KILLED if exchange else KILLED.replace("left = int", "folders._exchange = lambda *_: False\nleft = int")
+        return subprocess.run([sys.executable, "-c", program, str(tmp_path / "r"), str(number), word], capture_output=True, text=True,
+                              env={**os.environ, "PYTHONPATH": str(folders.ROOT)})
+    assert call(10**9, "old").stdout == "done\n"
+    killed = 0
+    for number in range(0, 400, 1 if exchange else 3):
+        done = call(number, "new")
+        held = tmp_path / "r" if (tmp_path / "r").exists() or exchange else tmp_path / ".r.old"
+        assert contents(held) in ({"a.txt": "old", "b.txt": "old"}, {"a.txt": "new", "b.txt": "new"})
+        if done.stdout == "done\n":
+            break
+        assert done.returncode == -signal.SIGKILL
+        killed += 1
+        if contents(held)["a.txt"] == "new":
+            assert call(10**9, "old").stdout == "done\n"
+    assert killed > (20 if exchange else 8)
+    assert contents(tmp_path / "r") == {"a.txt": "new", "b.txt": "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["r"]
+
+
+def test_replaced_keeps_the_old_folder_when_it_fails(tmp_path):
+    """An error inside leaves the folder as it was and nothing beside it; a link to a folder stays a link."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    def replace(word):
+        with folders.replaced(tmp_path / "link") as new:
+            (new / "x").write_text(word)
+            if word == "y":
+                raise ZeroDivisionError
+    replace("x")
+    with pytest.raises(ZeroDivisionError):
+        replace("y")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "x").read_text(encoding="utf-8") == "x"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_newest_file_is_by_time_of_change(tmp_path, monkeypatch):
+    """Among all patterns the file changed last, not the last by name; nothing where nothing matches."""
+    monkeypatch.chdir(tmp_path)
+    for place, name in enumerate(("b/x.json", "a/x.json", "c/y.json")):
+        files.write_bytes(tmp_path / name, b"")
+        os.utime(tmp_path / name, (100 - place, 100 - place))
+    assert folders.newest_file("*/x.json", "*/y.json") == Path("b/x.json")
+    assert folders.newest_file("*/z.json") is None

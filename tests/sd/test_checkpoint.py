@@ -601,7 +601,8 @@ def test_pruned_files_say_what_they_are(single, shared):
     ("cond_stage_model.transformer.text_model.embeddings.token_embedding.weight", (8,)), ("model.diffusion_model.out.2.weight", (4,)),
     ("model.diffusion_model.input_blocks.0.0.weight", ()), ("first_stage_model.post_quant_conv.weight", (4, 4)),
     ("cond_stage_model.transformer.text_model.encoder.layers.999999999.x", (1,)),
-    ("model.diffusion_model.input_blocks.1.0.out_layers.3.weight", (33, 32, 3, 3)), ("cond_stage_model.transformer.text_model.encoder.layers.x.y", (2,))])  # fmt: skip
+    ("model.diffusion_model.input_blocks.1.0.out_layers.3.weight", (33, 32, 3, 3)),
+    ("cond_stage_model.transformer.text_model.encoder.layers.x.y", (2,))])  # fmt: skip
 def test_shapes_are_not_believed(single, shared, key, shape):
     """Tensors of other axes, a layer number without end, widths that no group divides: one line, at once."""
     tensors, write = single

@@ -173,7 +173,7 @@ def hub(tiny):
     names = [f"unet/diffusion_pytorch_model-{part:05d}-of-00002.safetensors" for part in (1, 2)]
     tensors = load_file(weights[COMPONENTS[1]])
     shards = [dict(list(tensors.items())[part::2]) for part in (0, 1)]
-    index = {"weight_map": {key: names[part] for part in (0, 1) for key in shards[part]}}
+    index = {"weight_map": {key: names[part].removeprefix("unet/") for part in (0, 1) for key in shards[part]}}
     server.repos["tiny/sharded"] = {
         **real, **{name: save(shard) for name, shard in zip(names, shards)}, COMPONENTS[0]: weights[COMPONENTS[0]],
         COMPONENTS[2]: weights[COMPONENTS[2]], "unet/diffusion_pytorch_model.safetensors.index.json": json.dumps(index).encode(),

@@ -213,6 +213,18 @@ def test_two_sample_auc_finds_a_difference_and_not_a_patient():
     assert apart > together + 0.05
 
 
+def test_vendi_is_about_the_centre_of_real_tiles():
+    """Tiles at +-1 on each of 4 axes about a far centre, in units of their spread: 4 independent directions, of which
+    opposite tiles share one, so the score is 4; about 0, or in raw units, nearly all tiles would be alike."""
+    centre, spread = np.array([50.0, 80, 30, 60]), np.array([1.0, 5, 0.2, 2])
+    offsets = np.concatenate([np.eye(4), -np.eye(4)]) * spread
+    assert fidelity.vendi(centre + offsets, centre, spread) == pytest.approx(4)
+    assert fidelity.vendi(centre + offsets, np.zeros(4), spread) < 1.1
+    skewed = np.concatenate([offsets, offsets + spread * np.array([3.0, 0, 0, 0])])
+    assert fidelity.vendi(centre + skewed, centre, spread) != pytest.approx(
+        fidelity.vendi(centre + skewed, (centre + skewed).mean(0), spread), rel=0.02)
+
+
 @pytest.mark.parametrize(("sets", "said"), [
     ((np.ones((5, 3)), np.ones((5, 4))), "all must be"),
     ((np.ones((5, 3)), np.ones((2, 3))), "too few"),

@@ -18,7 +18,7 @@ from PIL import Image
 
 from lesion import prepare
 from lesion.run import files
-from lesion.tiles import archives, decode, isic, remote, seen
+from lesion.tiles import archives, decode, isic, remote, tables
 
 PATHS = ["../../../x", "/tmp/x", "a/../../x", "..\\x", "C:\\x", "C:x", "..", "a\0b", "x\ny"]
 
@@ -323,28 +323,6 @@ def test_a_manifest_of_wrong_types_is_named(tmp_path, data):
         files.read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("data", [DEEP, b"[1]", b'[{"file_name": 3}]', b'["a.jpg"]', b"{}", b"\xff", b'[{"file_name": "a", "sha256": []}]'])
-def test_what_a_lora_saw_is_checked(tmp_path, data):
-    """train_files.json or provenance.json of other types is named as damaged or as not known, never half believed."""
-    (tmp_path / "train_files.json").write_bytes(data)
-    with pytest.raises(ValueError, match=r"train_files.json is damaged"):
-        seen.files_of_lora(tmp_path / "lora.safetensors")
-    parts = seen.Parts([], [], [{"file_name": "t.jpg"}], False)
-    (tmp_path / "provenance.json").write_bytes(b'{"loras": [{"sha256": "ab", "train_files": ' + data + b"}]}")
-    with pytest.raises(ValueError, match=r"provenance.json"):
-        seen.check_synthetic(tmp_path, [{"file_name": "x", "lora_sha256": "ab"}], parts)
-
-
-def test_a_patient_is_the_same_as_number_and_as_text(tmp_path):
-    """A LoRA that saw patient 7 (a number) is refused for a held-out tile of patient "7"; a missing one (nan) matches nobody."""
-    lora = {"sha256": "ab", "train_files": [{"file_name": "a.jpg", "patient_id": 7}, {"file_name": "b.jpg", "patient_id": "nan"}]}
-    (tmp_path / "provenance.json").write_text(json.dumps({"loras": [lora]}), encoding="utf-8")
-    rows = [{"file_name": "x.png", "lora_sha256": "ab"}]
-    with pytest.raises(ValueError, match="trained on 1 held-out tiles"):
-        seen.check_synthetic(tmp_path, rows, seen.Parts([], [], [{"file_name": "t.jpg", "patient_id": "7"}], False))
-    seen.check_synthetic(tmp_path, rows, seen.Parts([], [], [{"file_name": "t.jpg", "patient_id": None}], False))
-
-
 @pytest.mark.parametrize("data", [DEEP, b"[]", b"{", b'{"color_norm": ["x"]}',
                                   b'{"color_norm": "skin-locus", "color_norm_reference": {"mean": 3}}',
                                   b'{"color_norm": "skin-locus", "color_norm_reference": {"mean": [1, 2], "direction": [NaN, 1]}}'])
@@ -361,3 +339,91 @@ def test_every_damage_is_a_value_error():
     for kind in (zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, KeyError, TypeError, MemoryError, RecursionError,
                  struct.error, UnicodeDecodeError, OverflowError, EOFError, AttributeError, IndexError):
         assert issubclass(kind, archives.DAMAGED)
+
+
+# --- anything at all -------------------------------------------------------------------------------------------------
+
+def mutations(data, count, seed):
+    """`data` with bytes changed, cut out, repeated and cut off."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        found = bytearray(data)
+        for _ in range(rng.integers(1, 6)):
+            place, kind = int(rng.integers(len(found) + 1)), rng.integers(4)
+            if kind == 0:
+                found[place:place + 1] = rng.bytes(1)
+            elif kind == 1:
+                del found[place:place + int(rng.integers(1, 40))]
+            elif kind == 2:
+                found[place:place] = rng.choice([b'"', b"\0", b"\xff\xfe", b",;\t", b"nan", b"[[[", b"1e999", b"\r", b"../", b"{}"])
+            else:
+                found[place:place] = found[place:place + int(rng.integers(1, 200))]
+        yield bytes(found[:int(rng.integers(len(found) + 1))] if rng.random() < 0.1 else found)
+
+
+def judged(function, *arguments):
+    """A result, or the one line of a ValueError; anything else goes through and fails the test."""
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        lines = str(error).splitlines()
+    assert len(lines) == 1, lines
+    return None
+
+
+def test_mutated_manifests(tmp_path):
+    """1,000 damaged metadata.jsonl: rows of known types, or one line."""
+    rows = [{"file_name": f"t/{k}.jpg", "label": k % 2, "text": "é mole", "patient_id": k, "attributes": {"color": "red"}}
+            for k in range(4)]
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    for found in mutations(data, 1000, 1):
+        (tmp_path / "metadata.jsonl").write_bytes(found)
+        for row in judged(files.read_manifest, tmp_path) or []:
+            assert isinstance(row["file_name"], str)
+            assert ".." not in row["file_name"].split("/")
+            assert isinstance(row.get("text"), str | None)
+            assert isinstance(row.get("patient_id"), str | None)
+
+
+def test_mutated_tables(tmp_path):
+    """1,000 damaged label tables: labels, or one line."""
+    data = ("isic_id,target,patient_id\n" + "".join(f"ISIC_{k},{k % 2},IP_{k}\n" for k in range(6))).encode()
+    path = tmp_path / "t.csv"
+
+    def read():
+        table = tables.file_table(path)
+        source = isic.Source("test", {f"ISIC_{k}": 0 for k in range(6)}, None, None, None)
+        isic.read_labels(table, source)
+        isic.read_groups(table, source)
+        return source.labels
+
+    for coding in ("utf-8", "utf-16"):
+        for found in mutations(data.decode().encode(coding), 500, 2):
+            path.write_bytes(found)
+            assert set((judged(read) or {}).values()) <= {"benign", "malignant"}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
+def test_mutated_pictures(kind):
+    """200 damaged pictures of each kind: pixels, or one line."""
+    stream = io.BytesIO()
+    Image.open(io.BytesIO(layouts.jpeg(1, 24))).save(stream, kind, **({"exif": Image.Exif()} if kind != "BMP" else {}))
+    for found in mutations(stream.getvalue(), 200, 3):
+        image = judged(decode.decode, found)
+        if image is not None:
+            assert image.dtype == np.uint8
+            assert image.shape[2] == 3
+            judged(decode.remark, found)
+
+
+def test_mutated_hdf5(tmp_path):
+    """60 damaged hdf5 files: tiles and errors by tile, or one line."""
+    data = hdf5(tmp_path / "train-image.hdf5").read_bytes()
+    for number, found in enumerate(mutations(data, 60, 4)):
+        path = tmp_path / f"{number}" / "train-image.hdf5"
+        path.parent.mkdir()
+        path.write_bytes(found)
+        source = judged(archives.hdf5, path)
+        if source:
+            assert {type(tile) for _, tile in source.read(list(source.where))} <= {bytes, ValueError}
+            assert all(len(source.stamp(i)) == 2 for i in source.where)

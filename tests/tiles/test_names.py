@@ -121,7 +121,8 @@ def test_captions_say_their_encoding(tmp_path, make, coding):
     ("benign/x.txt", "黒色の病変".encode("shift_jis"), "benign/x.txt is not UTF-8 text"),
     ("benign/x.txt", b"a" * 70_000, "benign/x.txt: a caption of 70,000 bytes"),
     ("benign/y.txt", b"a mole", r"1 captions belong to no tile \(first: .*benign/y.txt\)"),
-    ("captions/x.txt", b"a mole", "1 captions belong to no tile"),
+    ("captions/x.txt", b"a mole", "1 captions belong to no tile"), ("benign/x.txt", "é mole".encode("utf-16-le"), "benign/x.txt"),
+    ("benign/x.txt", "mole".encode("utf-16-le"), "benign/x.txt holds zero bytes"),
     ("benign/x.caption", b"another", "has 2 different captions")])
 def test_a_caption_that_cannot_be_used_stops_the_run(tmp_path, make, name, data, message):
     """Another encoding, a book, a caption of no tile, two of one: refused with the file's name, never passed over."""
@@ -139,6 +140,17 @@ def test_what_is_not_read_is_counted_by_kind(tmp_path, make):
     assert list(source.where) == ["a", "b", "f"]
     assert source.account() == ("3 tiles to read; passed over: 1 .heic (not read: save them as JPEG or PNG); 1 .pdf; "
                                 "2 .tif (not read: save them as JPEG or PNG); 1 .txt about the set")
+
+
+@KINDS
+def test_captions_in_a_folder_of_their_own_stop_the_run(tmp_path, make):
+    """Captions kept apart from their tiles would all be lost: an error; two lists in a set without captions are only counted."""
+    pictures = {f"benign/{k}.jpg": b"x" for k in range(6)}
+    with pytest.raises(ValueError, match="6 captions belong to no tile"):
+        isic.open_source(make(tmp_path, pictures | {f"captions/{k}.txt": b"a mole" for k in range(6)}))
+    lists = {"benign/train.txt": b"1\n2\n", "benign/test.txt": b"3\n"}
+    (tmp_path / "lists").mkdir()
+    assert "2 .txt about the set" in isic.open_source(make(tmp_path / "lists", pictures | lists)).account()
 
 
 def test_only_pictures_that_are_not_read(tmp_path):
@@ -176,6 +188,19 @@ def test_other_isic_tables_are_found_by_their_columns(tmp_path, name, table):
     (tmp_path / "sample_submission.csv").write_text("isic_id,target\nISIC_1,0.3\n", encoding="utf-8")
     source = isic.open_source(as_folder(tmp_path, {"pictures/ISIC_1.jpg": b"x", "pictures/ISIC_2.JPG": b"x"}))
     assert source.labels == {"ISIC_1": "malignant", "ISIC_2": "benign"}
+
+
+def test_a_table_of_file_names_under_another_name(tmp_path):
+    """labels.csv with file_name and label is a listing; one with paths as ids, or with filename, is a table of labels."""
+    as_folder(tmp_path / "a", {"t/x.jpg": b"x", "t/y.jfif": b"x"})
+    (tmp_path / "a" / "labels.csv").write_text("file_name,label,caption\nt/x.jpg,1,a mole\nt\\y.jfif,0,\n", encoding="utf-8")
+    source = isic.open_source(tmp_path / "a")
+    assert source.labels == {"x": "malignant", "y": "benign"}
+    assert source.given == {"x": {"text": "a mole"}, "y": {}}
+    for name, header in (("b", "image,label"), ("c", "filename,target")):
+        as_folder(tmp_path / name, {"t/x.jpg": b"x", "t/y.jpg": b"x"})
+        (tmp_path / name / "labels.csv").write_text(f"{header}\nt/x.jpg,1\nt/y.jpg,0\n", encoding="utf-8")
+        assert isic.open_source(tmp_path / name).labels == {"x": "malignant", "y": "benign"}
 
 
 def test_pictures_beside_a_zip_or_a_listing_are_counted(tmp_path):

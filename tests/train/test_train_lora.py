@@ -73,6 +73,8 @@ def flags(tiny, data, out, *more):
         4,
         "--val-every",
         4,
+        "--precision",
+        "fp32",
         "--resolution",
         128,  # at 64 the deepest map is one pixel, the softmax over it constant, and its queries' and keys' gradients zero
         *more,

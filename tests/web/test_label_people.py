@@ -189,7 +189,7 @@ def test_the_table_goes_out_and_comes_back(lab, data, tmp_path, capsys):
     label.main([str(data), "--import-csv", str(path), "--annotator", "carl"])
     assert "says nothing that carl has not said" in capsys.readouterr().out
     label.main([str(data), "--export-csv", str(tmp_path / "all.csv")])
-    everyone = csv.DictReader(io.StringIO((tmp_path / "all.csv").read_text()))
+    everyone = csv.DictReader(io.StringIO((tmp_path / "all.csv").read_text(encoding="utf-8")))
     assert {row["annotator"] for row in everyone} == {"anna", "carl"}
 
 
@@ -206,7 +206,7 @@ def test_a_wrong_table_changes_nothing(lab, data, tmp_path, change, words):
     lab.say("anna", 0, {"shape": "oval"})
     text = label_export.labels_csv([row | {"isic_id": None} for row in lab.rows], {"anna": lab.desks["anna"].labels})
     path = tmp_path / "labels.csv"
-    path.write_text(change(text))
+    path.write_text(change(text), encoding="utf-8")
     with pytest.raises(ValueError, match=words) as caught:
         label_export.read_labels_csv(path, lab.rows, "anna", label_folder.Labels())
     assert "\n" not in str(caught.value)
@@ -274,6 +274,6 @@ def test_a_picture_folder_that_leads_out_gets_no_captions(data, tmp_path):
 def test_links_file_that_was_edited_is_one_line(data):
     """A list where links should be: what to do, in one line."""
     (data / "labels").mkdir()
-    (data / "labels" / "links.json").write_text(json.dumps({"secret": 5}))
+    (data / "labels" / "links.json").write_text(json.dumps({"secret": 5}), encoding="utf-8")
     with pytest.raises(ValueError, match="was edited"):
         label_folder.people(data, ["anna"])

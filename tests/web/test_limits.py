@@ -23,7 +23,7 @@ with server.bind() as listener:
 
 @pytest.fixture(scope="module")
 def port():
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM], text=True, stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM], encoding="utf-8", stdout=subprocess.PIPE)
     yield int(process.stdout.readline().strip().rsplit(":", 1)[1].strip("/"))
     process.terminate()
     process.communicate(timeout=20)

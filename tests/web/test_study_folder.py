@@ -187,13 +187,13 @@ study_folder.create(Path({str(tmp_path / "s")!r}), Path({str(sets["real"])!r}), 
 
 def test_what_is_not_a_studys_is_never_swept(sets, tmp_path):
     """Somebody's own folder named `tiles`, or another file: refused, and left as it is."""
-    for name in ("tiles/mine.png", "notes.txt", ".hidden"):
+    for name in ("tiles/mine.png", "notes.txt"):
         folder = tmp_path / name.replace("/", "_")
         (folder / name).parent.mkdir(parents=True)
-        (folder / name).write_text("mine")
+        (folder / name).write_text("mine", encoding="utf-8")
         with pytest.raises(ValueError, match="give a new folder"):
             study_folder.create(folder, **sets, count=4)
-        assert (folder / name).read_text() == "mine"
+        assert (folder / name).read_text(encoding="utf-8") == "mine"
 
 
 def test_a_picture_that_leads_out_of_its_source_is_refused(sets, tmp_path):
@@ -234,9 +234,7 @@ def test_answers_csv_has_no_formula(sets, tmp_path):
     with Journal(study_folder.journal_path(tmp_path / "s", study["readers"][0])) as journal:
         for position in range(8):
             journal.append(answer(study, 0, position, 3))
-    with open(tmp_path / "s" / "answers.csv", "w") as file:
-        file.write(study_folder.answers_csv(tmp_path / "s"))
-    cells = [row["file_name"] for row in csv.DictReader((tmp_path / "s" / "answers.csv").read_text().splitlines())]
+    cells = [row["file_name"] for row in csv.DictReader(study_folder.answers_csv(tmp_path / "s").splitlines())]
     assert sum(cell.startswith("'=") for cell in cells) == 4
     assert not any(cell.startswith("=") for cell in cells)
 

@@ -17,7 +17,7 @@ const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
 function showCase() {
   $("title").textContent = state.title;
   $("help").textContent = state.help;
-  $("identity").textContent = `${state.name} · ${state.label}`;
+  $("identity").textContent = `${state.name} · ${state.label} · 15 mm across`;
   const buttons = $("options").children;
   while (buttons.length > state.options.length) buttons[buttons.length - 1].remove();
   state.options.forEach((option, n) => {

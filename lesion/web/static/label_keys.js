@@ -3,7 +3,8 @@
 
 async function answer(value, by, stay = false) {
   const change = state.complete, taken = await send("answer", { answers: { [state.active]: value }, by, stay, change });
-  if (!stay && change) armed = false;
+  if (stay) armed = true; // more values of this attribute may follow
+  else if (change) armed = false;
   showHint();
   return taken;
 }

@@ -1,0 +1,169 @@
+"""The learning curve of a cross-fitted experiment: AUROC by number of real malignant training tiles, and what synthetic ones add.
+
+Folds are tested by different models, whose scores have different scales; so every figure is computed within a fold and averaged
+with the folds' malignant tiles as weights. The folds' test tiles are disjoint: their variances add. That their training tiles
+overlap is left out, as by all cross-fitting (the spread over training sets has no unbiased estimate: Bengio and Grandvalet 2004).
+Proven by tests/classify/test_curve.py.
+"""
+import math
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from lesion.classify import predictions
+from lesion.classify.arms import CONTRASTS
+from lesion.stats import inference
+
+LEVEL = 0.95
+PRIMARY = "O1 to S2"
+
+
+def point(plan, places, size: int | None, ratio: float, folder: Path) -> dict:
+    """The figures of one size and ratio: real malignant training tiles a fold (mean), arms, contrasts.
+
+    plan, places, folder: as lesion.classify.crossfit has them; ValueError for predictions that do not fit together.
+    """
+    from lesion.classify.crossfit import RATIO_FREE, ratio_name
+    from lesion.run import files
+    folds = []
+    for place in places:
+        runs = predictions.read_runs(place.folder / ratio_name(ratio))
+        if ratio != plan.ratios[0]:
+            runs |= {name: seeds for name, seeds in predictions.read_runs(place.folder / ratio_name(plan.ratios[0])).items()
+                     if name in RATIO_FREE}
+        folds.append({name: [runs[name][seed] for seed in range(plan.seeds)] for name in plan.experiments})
+    counts = files.read_json(folder / "args.json")["counts"]
+    real = float(np.mean([count["train"]["malignant"] for count in counts]))
+    return {"size": "all" if size is None else size, "ratio": ratio, "real": real, "folder": str(folder),
+            "arms": {name: auroc([fold[name] for fold in folds]) for name in plan.experiments},
+            "contrasts": {f"{a} to {b}": difference([fold[a] for fold in folds], [fold[b] for fold in folds])
+                          for a, b in CONTRASTS if a in plan.experiments and b in plan.experiments}}
+
+
+def auroc(folds: list[list]) -> dict:
+    """{"auroc", "low", "high", "seeds"} of one arm: folds hold its runs (predictions.Run), one a seed.
+
+    Variance: DeLong's of the mean over seeds, and the seeds' own divided by their number, both within folds.
+    """
+    parts = []
+    for runs in folds:
+        aurocs, covariance = inference.delong(runs[0].labels, np.stack([run.scores for run in runs]), runs[0].patients)
+        over_seeds = float(aurocs.var(ddof=1)) / len(runs) if len(runs) > 1 else 0.0
+        parts.append((float(aurocs.mean()), math.sqrt(float(covariance.mean()) + over_seeds), math.inf))
+    mean, low, high, _ = combine(parts, weights_of(folds))
+    return {"auroc": mean, "low": max(0.0, low), "high": min(1.0, high), "seeds": len(folds[0])}
+
+
+def difference(first: list[list], second: list[list]) -> dict:
+    """{"difference", "low", "high", "p"} of AUROC, second minus first, paired by tile and seed within each fold."""
+    parts = []
+    for one, two in zip(first, second, strict=True):
+        found = inference.delong_test(one[0].labels, np.stack([run.scores for run in one]), np.stack([run.scores for run in two]),
+                                      one[0].patients)
+        parts.append((found["difference"], found["se"], found["df"] or math.inf))
+    mean, low, high, p = combine(parts, weights_of(first))
+    return {"difference": mean, "low": low, "high": high, "p": p}
+
+
+def weights_of(folds: list[list]) -> np.ndarray:
+    """Each fold's share of the malignant test tiles."""
+    malignant = np.array([runs[0].labels.sum() for runs in folds], float)
+    return malignant / malignant.sum()
+
+
+def combine(parts: list[tuple[float, float, float]], weights: np.ndarray) -> tuple[float, float, float, float]:
+    """(estimate, low, high, p) of the weighted mean of independent (estimate, standard error, degrees of freedom).
+
+    t with Welch and Satterthwaite's degrees of freedom: (sum w^2 s^2)^2 / sum((w^2 s^2)^2 / df).
+    """
+    estimate = float(sum(w * part[0] for w, part in zip(weights, parts)))
+    variances = np.array([(w * part[1]) ** 2 for w, part in zip(weights, parts)])
+    se = math.sqrt(variances.sum())
+    if se == 0:
+        return estimate, estimate, estimate, 1.0 if estimate == 0 else 0.0
+    known = sum(v ** 2 / part[2] for v, part in zip(variances, parts) if math.isfinite(part[2]))
+    df = variances.sum() ** 2 / known if known else math.inf
+    half = float(stats.t.ppf(0.5 + LEVEL / 2, df)) * se
+    return estimate, estimate - half, estimate + half, float(2 * stats.t.sf(abs(estimate) / se, df))
+
+
+def summary(points: list[dict]) -> dict:
+    """Points in order of size, the p values of all but the primary contrast adjusted by Holm, and what the tiles are worth.
+
+    Primary: O1 to S2 with all real tiles (the largest size), at the first ratio; every other contrast is exploratory.
+    """
+    points = sorted(points, key=lambda one: (one["real"], one["ratio"]))
+    largest = max(one["real"] for one in points)
+    primary = next((one for one in points if one["real"] == largest and PRIMARY in one["contrasts"]), None)
+    others = [found for one in points for name, found in one["contrasts"].items() if one is not primary or name != PRIMARY]
+    for found, adjusted in zip(others, inference.holm([found["p"] for found in others]) if others else []):
+        found["p_holm"] = adjusted
+    named = primary and {"size": primary["size"], "ratio": primary["ratio"], **primary["contrasts"][PRIMARY]}
+    return {"points": points, "primary": named,
+            "worth": [worth(one, points) for one in points if PRIMARY in one["contrasts"]]}
+
+
+def worth(one: dict, points: list[dict]) -> dict:
+    """How many further real malignant training tiles would give what S2 adds to O1 at this point: {"real", "ratio", "tiles", "low",
+    "high"}; None where the curve of O1 does not reach so far, or the gain is not told from none.
+
+    Read off O1's curve at the same ratio, straight lines over log(number): where it is as high as O1 here plus the gain.
+    """
+    curve = [(other["real"], other["arms"]["O1"]["auroc"]) for other in points if other["ratio"] == one["ratio"]]
+    gain = one["contrasts"][PRIMARY]
+
+    def tiles(extra: float) -> float | None:
+        goal = one["arms"]["O1"]["auroc"] + extra
+        for (n0, y0), (n1, y1) in zip(curve, curve[1:]):
+            if n0 >= one["real"] and y0 <= goal <= y1 and y1 > y0:
+                return math.exp(math.log(n0) + (goal - y0) / (y1 - y0) * math.log(n1 / n0)) - one["real"]
+        return None
+
+    found = gain["low"] > 0
+    return {"real": one["real"], "ratio": one["ratio"], "detectable": found, "tiles": tiles(gain["difference"]) if found else None,
+            "low": tiles(gain["low"]) if found else None, "high": tiles(gain["high"]) if found else None}
+
+
+def lines(found: dict) -> list[str]:
+    """The table that the command prints."""
+    text = [f"{'real':>6}{'ratio':>7}  arm   AUROC [95 %]            contrast    difference [95 %]        p (Holm)"]
+    for one in found["points"]:
+        arms = [f"{name:6}{arm['auroc']:.3f} [{arm['low']:.3f}, {arm['high']:.3f}]" for name, arm in one["arms"].items()]
+        contrasts = [f"{name:12}{c['difference']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]  {c.get('p_holm', c['p']):.3f}"
+                     + ("" if "p_holm" in c else " (primary, unadjusted)") for name, c in one["contrasts"].items()]
+        for i in range(max(len(arms), len(contrasts))):
+            head = f"{one['real']:6.0f}{one['ratio']:7g}" if i == 0 else " " * 13
+            text.append(f"{head}  {arms[i] if i < len(arms) else '':28}  {contrasts[i] if i < len(contrasts) else ''}".rstrip())
+    for row in found["worth"]:
+        said = f"about {row['tiles']:.0f} further real tiles" if row["tiles"] is not None else \
+            "more than the curve reaches" if row["detectable"] else "none detectable"
+        text.append(f"what synthetic tiles are worth at {row['real']:.0f} real ones, ratio {row['ratio']:g}: {said}")
+    return text
+
+
+def draw(found: dict, path: Path) -> None:
+    """The learning curve as a picture: AUROC with intervals by real malignant training tiles, a line an arm, a panel a ratio."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from lesion.run import files
+    ratios = sorted({one["ratio"] for one in found["points"]})
+    figure = Figure(figsize=(3.6 * len(ratios), 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(ratios), sharey=True, squeeze=False)[0]
+    for panel, ratio in zip(panels, ratios):
+        points = [one for one in found["points"] if one["ratio"] == ratio]
+        for number, name in enumerate(points[0]["arms"]):
+            y = np.array([one["arms"][name]["auroc"] for one in points])
+            reach = np.abs([[one["arms"][name][end] for one in points] for end in ("low", "high")] - y)
+            x = np.array([one["real"] for one in points]) * 1.03 ** number  # side by side: intervals overlap
+            panel.errorbar(x, y, reach, marker="os^Dv<"[number], capsize=2, label=name, linewidth=1)
+        panel.set(xscale="log", xlabel="real malignant training tiles a fold", title=f"synthetic : real = {ratio:g} : 1")
+        panel.set_xticks([one["real"] for one in points], [f"{one['real']:.0f}" for one in points], minor=False)
+        panel.minorticks_off()
+    panels[0].set_ylabel("AUROC, each tile tested once")
+    panels[-1].legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png", metadata={"Software": None})

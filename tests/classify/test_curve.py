@@ -1,0 +1,72 @@
+"""lesion.classify.curve: figures within folds, weighted and added as written; what synthetic tiles are worth, by hand."""
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from lesion.classify import curve
+from lesion.stats import inference
+
+
+def run(rng, shift, malignant=12, benign=30, offset=0.0):
+    labels = np.array([1] * malignant + [0] * benign)
+    return SimpleNamespace(labels=labels, scores=rng.normal(labels * shift + offset), patients=None)
+
+
+def test_combine_by_hand():
+    """Weights .25 and .75 of (1, .2) and (2, .4): 1.75 with error sqrt(.05^2 + .3^2); infinite degrees of freedom: 1.96 of it."""
+    estimate, low, high, p = curve.combine([(1.0, 0.2, math.inf), (2.0, 0.4, math.inf)], np.array([0.25, 0.75]))
+    se = math.hypot(0.05, 0.3)
+    assert estimate == pytest.approx(1.75)
+    assert (high - low) / 2 == pytest.approx(1.959964 * se)
+    assert p < 1e-6
+    wide = curve.combine([(1.0, 0.2, 2.0), (2.0, 0.4, 2.0)], np.array([0.25, 0.75]))
+    assert wide[2] - wide[1] > high - low
+
+
+def test_one_fold_is_delong():
+    """One fold, one seed: DeLong's own difference, interval and p."""
+    rng = np.random.default_rng(0)
+    one, two = run(rng, 1.0), run(rng, 1.5)
+    found = curve.difference([[one]], [[two]])
+    theirs = inference.delong_test(one.labels, one.scores, two.scores)
+    keys = ("difference", "low", "high", "p")
+    assert [found[key] for key in keys] == pytest.approx([theirs[key] for key in keys])
+
+
+def test_scores_of_folds_are_never_mixed():
+    """A fold whose model's scores all lie higher changes nothing: figures are within folds. Folds weigh by malignant tiles."""
+    rng = np.random.default_rng(1)
+    folds = [[run(rng, 1.0)], [run(rng, 2.0, malignant=36)]]
+    before = curve.auroc(folds)
+    folds[1][0].scores = folds[1][0].scores + 100
+    assert curve.auroc(folds) == before
+    single = [curve.auroc([fold])["auroc"] for fold in folds]
+    assert before["auroc"] == pytest.approx(0.25 * single[0] + 0.75 * single[1])
+
+
+def point(real, o1, gain=0.0, low=0.0, ratio=1.0):
+    return {"size": real, "real": real, "ratio": ratio, "arms": {"O1": {"auroc": o1, "low": 0, "high": 1}},
+            "contrasts": {"O1 to S2": {"difference": gain, "low": low, "high": 2 * gain - low, "p": 0.01}}}
+
+
+def test_worth():
+    """O1 rises from .7 at 25 to .8 at 100 tiles, straight in log: a gain of .05 at 25 is worth 25 more tiles (50 = sqrt(25 100));
+    an interval down to 0 is nothing detectable; beyond the curve there is no number."""
+    points = [point(25.0, 0.7, 0.05, 0.025), point(100.0, 0.8, 0.05, 0.01)]
+    found = curve.worth(points[0], points)
+    assert found["tiles"] == pytest.approx(25)
+    assert found["low"] == pytest.approx(25 * 4 ** 0.25 - 25)
+    assert curve.worth(points[1], points) == {"real": 100.0, "ratio": 1.0, "detectable": True, "tiles": None, "low": None, "high": None}
+    assert not curve.worth(point(25.0, 0.7, 0.05, -0.01), points)["detectable"]
+
+
+def test_one_primary_contrast(tmp_path):
+    """The largest size at the first ratio is unadjusted, the others by Holm among themselves; the picture is drawn."""
+    found = curve.summary([point(100.0, 0.8, 0.05, 0.01), point(25.0, 0.7), point(25.0, 0.72, ratio=3.0)])
+    assert found["primary"]["size"] == 100.0
+    assert [one["contrasts"]["O1 to S2"].get("p_holm") for one in found["points"]] == [0.02, 0.02, None]
+    assert any("none detectable" in line for line in curve.lines(found))
+    curve.draw(found, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 5000
