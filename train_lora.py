@@ -84,6 +84,7 @@ def main(argv=None) -> None:
         from lesion.mini import phantoms
         print(f"drawing the demo set into {data}", flush=True)
         phantoms.write_demo(data, progress=cli.progress)
+        sums.write(data)
     name = f"{args.label}-phase{args.phase}"
     out = args.out or (folders.newest(f"{name}*", "args.json") if args.resume else None) or folders.next_folder(name)
     with lock.owner(out, wanted=int(os.environ.get("RANK", 0)) == 0), cli.stop_request() as stop:

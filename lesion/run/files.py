@@ -66,9 +66,11 @@ def _mark(handle: int) -> None:
 def sweep(folder: Path, deep: bool = True) -> list[Path]:
     """Remove the temporary files that killed writers left in `folder` and, if `deep`, below it; those of the living stay.
 
-    Links are not followed. Returns what was removed.
+    Links are not followed. Returns what was removed; nothing on Windows, where the living cannot be told from the dead.
     """
     gone = []
+    if not fcntl:
+        return gone
     for place, inner, names in os.walk(folder):
         for path in (Path(place, name) for name in names if TEMPORARY.fullmatch(name)):
             with contextlib.suppress(OSError):  # held by its writer, or gone meanwhile

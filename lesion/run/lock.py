@@ -50,8 +50,9 @@ def owner(folder: Path, *, beside: bool = False, shared: bool = False, wanted: b
     """Own `folder`, which is made if need be, until the block ends. ValueError, naming who, if another process does.
 
     beside: the lock is `.<name>.lock` in the folder's parent, for a command that replaces the folder. shared: any number of
-    such owners, but none that is not. wanted: false does nothing, for the processes that write no file. An owner that is not
-    shared sweeps what killed ones left behind (files.sweep). A folder made here that is still empty at the end is removed again.
+    such owners, but none that is not. wanted: false does nothing, for processes that write no file. What killed owners left
+    behind is swept (files.sweep; below the folder only by an owner that is not shared). A folder made here that is still empty at
+    the end is removed again.
     """
     if not wanted:
         yield
@@ -70,8 +71,8 @@ def owner(folder: Path, *, beside: bool = False, shared: bool = False, wanted: b
         if not shared:
             os.ftruncate(descriptor, 0)
             os.write(descriptor, json.dumps(_who()).encode())
-            if not beside:
-                files.sweep(folder)
+        if not beside:
+            files.sweep(folder, deep=not shared)
         yield
     finally:
         with contextlib.suppress(OSError):  # another still shares it; Windows keeps an open file

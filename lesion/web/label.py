@@ -14,7 +14,7 @@ from argparse import HelpFormatter, Namespace
 from contextlib import ExitStack
 from pathlib import Path
 
-from lesion.run import cli, lock
+from lesion.run import cli, files, lock
 
 SYNC_S = 1.0  # the manifest follows the journal after this, or after ten times what writing it took
 ADJUDICATOR = "adjudicator"
@@ -67,6 +67,7 @@ def main(argv: list[str]) -> None:
     """Serve the labelling pages until ctrl-C, or do the one thing a flag asks for. ValueError for what cannot be."""
     args = parse(argv)
     with lock.owner(args.data, shared=True):
+        files.sweep(args.data / "labels")
         label(args)
 
 

@@ -143,7 +143,7 @@ def test_the_key_holds_what_decides_the_latents(images, tmp_path, change):
     assert len(latent_files(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "foreign"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "foreign", "flipped", "another set's"])
 def test_a_damaged_cache_is_rebuilt(images, tmp_path, damage):
     """A cache that a disk or another program spoilt costs time only."""
     pairs = np.array([[0, 0], [1, 6]])
@@ -152,8 +152,13 @@ def test_a_damaged_cache_is_rebuilt(images, tmp_path, damage):
     whole = file.read_bytes()
     if damage == "foreign":
         save_state(file, {"something": torch.ones(2)}, {})
+    elif damage == "another set's":
+        latents.encode(Counting(), images[:, ::-1].copy(), pairs, tmp_path / "other", CPU)
+        latent_files(tmp_path / "other")[0].replace(file)
     else:
-        file.write_bytes({"cut": whole[:-9], "empty": b"", "garbage": b"\xff" * 200}[damage])
+        flipped = bytearray(whole)
+        flipped[-len(whole) // 4] ^= 1  # one bit of a log-variance
+        file.write_bytes({"cut": whole[:-9], "empty": b"", "garbage": b"\xff" * 200, "flipped": flipped}[damage])
     vae = Counting()
     again = latents.encode(vae, images, pairs, tmp_path, CPU)
     assert vae.count == 2
