@@ -9,7 +9,7 @@ from PIL import Image
 from lesion.report import classification, front, page, plots, plots_pictures
 from lesion.run import sheets
 
-SIZES = [(390, 844), (820, 1180), (1366, 640), (1440, 900), (3840, 2160), (720, 450)]  # the last: 1440 x 900 at 200 % zoom
+SIZES = [(390, 844), (768, 1024), (820, 1180), (1366, 640), (1440, 900), (3840, 2160), (720, 450)]  # the last: 1440 x 900 at 200 % zoom
 
 
 @pytest.fixture(scope="module")
