@@ -122,8 +122,9 @@ def _open(args: Namespace) -> dict:
     for name, value in given.items():
         value = str(value.resolve()) if isinstance(value, Path) else value
         if value != study["settings"][name]:
-            raise ValueError(f"{args.folder} was made with {_flag(name, study['settings'][name])}, not {_flag(name, value)}: "
-                             "leave the flag out to go on with it, or give a new folder")
+            raise ValueError(f"{args.folder} was made with {_flag(name, study['settings'][name])}, not "
+                             f"{_flag(name, value) if isinstance(value, bool) else value}: leave the flag out to go on with "
+                             "it, or give a new folder")
     have = len(study["readers"])
     if args.readers and args.readers < have:
         raise ValueError(f"{args.folder} has {have} readers, not {args.readers}: readers can be added, not taken away")

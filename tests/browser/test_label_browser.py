@@ -191,7 +191,8 @@ const light = (rgb) => { const [r, g, b] = rgb.slice(0, 3).map((v) => linear(v /
 const ground = (node) => { for (; node; node = node.parentElement) {
   const c = parts(getComputedStyle(node).backgroundColor);
   if (c.length < 4 || c[3] > 0) return c; } return [255, 255, 255]; };
-return [...document.querySelectorAll("h1,h2,p,button,button span,kbd,label,small,textarea,input:not([type=range],[type=checkbox]),figcaption,.ruler span")]
+return [...document.querySelectorAll(
+  "h1,h2,p,button,button span,kbd,label,small,textarea,input:not([type=range],[type=checkbox]),figcaption,.ruler span")]
   .filter((node) => node.offsetParent && (node.textContent.trim() || node.value) && !node.closest(":disabled")).map((node) => {
     const [a, b] = [light(parts(getComputedStyle(node).color)), light(ground(node))].sort((x, y) => y - x);
     return [(a + 0.05) / (b + 0.05), node.tagName + " " + node.textContent.trim().slice(0, 30)]; });

@@ -109,6 +109,6 @@ def test_guesses_are_paid_off_in_time():
     assert guesses.wait_s("192.0.2.1") == 0
     for number in range(10_500):
         guesses.wrong(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}")
-        if number == 10_000:
+        if number == 9_000:
             time.sleep(0.06)
-    assert len(guesses._paid) < 600
+    assert len(guesses._paid) < 2_000
