@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from scipy import special
+from scipy import special, stats
 
 from lesion.stats import classification, comparison, inference
 
@@ -128,6 +128,18 @@ def test_intervals_change_sign_with_the_arms():
         assert one["per_seed"] == pytest.approx([-value for value in two["per_seed"]])
         assert one["p"] == pytest.approx(two["p"])
     assert there["auroc"]["low"] > 0
+
+
+def test_differences_are_paired():
+    """The Brier score's difference is a mean over tiles of paired differences: the bootstrap's interval has the width of
+    their closed form, stratified by class (t with 59 degrees of freedom), not that of two arms apart or of their sum."""
+    runs = simulate(0.1, seeds=1, noise=0.1)
+    one, two = (runs[arm][0] for arm in ("A1", "S2"))
+    gaps = (two.scores - two.labels) ** 2 - (one.scores - one.labels) ** 2
+    variance = sum(gaps[one.labels == value].var() * (one.labels == value).sum() for value in (0, 1)) / 460 ** 2 * 60 / 59
+    cell = comparison.analyse(runs, CONTRASTS, resamples=2000)["contrasts"][0]["metrics"]["brier"]
+    assert cell["difference"] == pytest.approx(gaps.mean())
+    assert cell["high"] - cell["low"] == pytest.approx(2 * stats.t.ppf(0.975, 59) * np.sqrt(variance), rel=0.08)
 
 
 def test_arms_have_logit_intervals():
