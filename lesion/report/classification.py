@@ -123,6 +123,9 @@ def _too_few(results, runs):
         if count < least:
             return (f"test tiles that are {what} come from {count} {'patient' if count == 1 else 'patients'} and at least "
                     f"{least} are needed")
+    least = classification.METRICS["auroc"].least
+    if results["malignant"] < least:
+        return f"there are {results['malignant']} malignant test tiles and at least {least} are needed"
     return f"{runs} training runs tell too little of the next ones (one run is judged as it is, else at least " \
            f"{inference.LEAST_RUNS} are needed)"
 
@@ -159,7 +162,7 @@ def limits(results: dict) -> list[str]:
     elif min(seeds) < 5:
         texts.append(f"{min(seeds)} training seeds (5 are the protocol's least for a table): the part of the intervals "
                      "that is due to training is itself uncertain.")
-    if not results["enough_patients"]:
+    if not results["enough"]:
         texts.append(f"{_too_few(results, 1)} for an interval or a verdict: only the numbers are given.")
     else:
         without = [metric.title for metric in classification.METRICS.values()

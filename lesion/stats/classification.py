@@ -18,7 +18,7 @@ class Metric:
     ceiling: float = 1.0          # it lies in 0 .. ceiling
     lower_is_better: bool = False
     rate_of: str = "malignant"    # which tiles it counts: its uncertainty is over the patients who have them
-    least: int | None = 20        # malignant tiles from which its interval and test hold (docs/PROTOCOL.md); None: never
+    least: int | None = 28        # malignant tiles from which its interval and test hold (docs/PROTOCOL.md); None: never
 
 
 METRICS = {

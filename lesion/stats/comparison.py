@@ -41,7 +41,7 @@ def analyse(runs: dict, contrasts: dict, resamples: int = inference.RESAMPLES, s
     _adjust(rows)
     return {"tiles": len(test.labels), "malignant": int(test.labels.sum()), "prevalence": float(test.labels.mean()),
             "patients": test.patients, "carriers": test.carriers, "healthy": test.healthy,
-            "enough_patients": inference.enough(test.carriers, test.healthy, 1), "resamples": resamples,
+            "enough": test.judges(classification.METRICS["auroc"], 1), "resamples": resamples,
             "contrasts": rows, "arms": {arm: _arm(runs[arm], drawn[arm], test) for arm in runs}}
 
 
@@ -58,12 +58,16 @@ class _Test:
     def parts(self, metric: classification.Metric, values: list, drawn: np.ndarray) -> inference.Parts | None:
         """Parts of the variance of the mean of `values` [S] by their resamples [S, R]; None where there is no value or
         where no interval may be given."""
-        holds = self.everywhere or (metric.least is not None and self.labels.sum() >= metric.least)
-        if not (holds and inference.enough(self.carriers, self.healthy, len(values))) or np.isnan(values).any():
+        if not self.judges(metric, len(values)) or np.isnan(values).any():
             return None
         units = self.units(metric)
         covariance = inference.resampled_covariance(drawn, units)
         return None if covariance is None else inference.over_runs(values, covariance, np.asarray(units - 1.0))
+
+    def judges(self, metric: classification.Metric, runs: int) -> bool:
+        """Whether the metric may have an interval here: enough patients, runs and malignant tiles."""
+        holds = self.everywhere or (metric.least is not None and self.labels.sum() >= metric.least)
+        return bool(holds) and inference.enough(self.carriers, self.healthy, runs)
 
     def units(self, metric: classification.Metric) -> int:
         """How many patients the metric is a rate of."""
@@ -106,7 +110,7 @@ def _contrast(runs, drawn, pair, common, test):
             low, high = inference.difference_interval(difference, parts, metric.ceiling) or (None, None)
             metrics[name] |= {"low": low, "high": high, "p": inference.two_sided_p(difference, parts)}
     parts = None
-    if inference.enough(test.carriers, test.healthy, len(common)):
+    if test.judges(classification.METRICS["auroc"], len(common)):
         delong = inference.delong_test(test.labels, *(np.stack([run.scores for run in side]) for side in (one, two)),
                                        patients=one[0].patients)
         parts = delong["parts"]

@@ -89,7 +89,7 @@ def critical(parts: Parts, level: float | np.ndarray = LEVEL) -> np.ndarray:
 
     The mean of two approximations: Student's t with `satterthwaite` degrees of freedom, and the t of each part weighted
     by its share of the variance (Cochran 1964, Biometrics 20:191). In the simulation the first is liberal at few runs
-    (level to .08), the second conservative (to .025), their mean .03 to .06.
+    (level to .08), the second conservative (to .025), their mean .03 to .07 (docs/PROTOCOL.md).
     """
     tail = np.minimum((1 + np.asarray(level)) / 2, 1 - 1e-13)
     total = sum(variance for variance, _ in parts)

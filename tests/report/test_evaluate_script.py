@@ -45,6 +45,7 @@ def test_one_seed_is_one_run(tmp_path, gain, words):
 @pytest.mark.parametrize(("setting", "why"), [
     ({"seeds": 2}, "2 training runs tell too little of the next ones"),
     ({"malignant": 9, "benign": 45}, "test tiles that are malignant come from 9 patients and at least 10 are needed"),
+    ({"malignant": 20, "benign": 100}, "there are 20 malignant test tiles and at least 28 are needed"),
     ({"malignant": 1, "benign": 20}, "test tiles that are malignant come from 1 patient and at least 10 are needed")])
 def test_too_few_for_a_verdict(tmp_path, setting, why):
     """Two seeds, nine patients with malignant tiles, a single malignant tile: the difference, the reason, no verdict, no
@@ -65,7 +66,7 @@ def test_too_few_for_a_verdict(tmp_path, setting, why):
 @pytest.mark.parametrize(("first", "second"), [("constant", "perfect"), ("constant", "constant"), ("perfect", "perfect")])
 def test_scores_without_error_are_not_judged(tmp_path, first, second):
     """A perfect arm against a constant one, constant arms, perfect arms: neither certain nor without difference."""
-    rows = [{"file_name": f"{i}.jpg", "label": ("benign", "malignant")[i % 5 == 0], "patient_id": f"P{i}"} for i in range(240)]
+    rows = [{"file_name": f"{i}.jpg", "label": ("benign", "malignant")[i % 3 == 0], "patient_id": f"P{i}"} for i in range(240)]
     parts = Parts([], rows[:120], rows[120:], False)
     labels = np.array([row["label"] == "malignant" for row in rows])
     kinds = {"constant": np.full(240, 0.5), "perfect": labels * 1.0}

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from scipy import special
+from scipy import special, stats
 
 from lesion.stats import classification, comparison, inference
 
@@ -130,6 +130,18 @@ def test_intervals_change_sign_with_the_arms():
     assert there["auroc"]["low"] > 0
 
 
+def test_differences_are_paired():
+    """The Brier score's difference is a mean over tiles of paired differences: the bootstrap's interval has the width of
+    their closed form, stratified by class (t with 59 degrees of freedom), not that of two arms apart or of their sum."""
+    runs = simulate(0.1, seeds=1, noise=0.1)
+    one, two = (runs[arm][0] for arm in ("A1", "S2"))
+    gaps = (two.scores - two.labels) ** 2 - (one.scores - one.labels) ** 2
+    variance = sum(gaps[one.labels == value].var() * (one.labels == value).sum() for value in (0, 1)) / 460 ** 2 * 60 / 59
+    cell = comparison.analyse(runs, CONTRASTS, resamples=2000)["contrasts"][0]["metrics"]["brier"]
+    assert cell["difference"] == pytest.approx(gaps.mean())
+    assert cell["high"] - cell["low"] == pytest.approx(2 * stats.t.ppf(0.975, 59) * np.sqrt(variance), rel=0.08)
+
+
 def test_arms_have_logit_intervals():
     """An arm's interval is symmetric about its mean on the logit scale (pAUC: of its share of .2), and only there."""
     metrics = comparison.analyse(simulate(0.3), CONTRASTS, resamples=300)["arms"]["A1"]["metrics"]
@@ -157,9 +169,9 @@ def test_figures_by_hand():
 def test_nothing_is_decided_where_it_would_not_hold():
     """Under ten patients with malignant tiles, or with two runs: the numbers and no interval, p or verdict, whatever the
     gain; with one run "in this one run"; ECE never; pAUC not at 40 malignant tiles."""
-    few = simulate(3.0, malignant=9)
+    few, some = simulate(3.0, malignant=9), simulate(3.0, malignant=27)
     two = simulate(3.0, seeds=2)
-    for runs in (few, two):
+    for runs in (few, some, two):
         results = comparison.analyse(runs, CONTRASTS, resamples=100)
         row = results["contrasts"][0]
         assert row["metrics"]["auroc"]["difference"] > 0.05
@@ -168,7 +180,8 @@ def test_nothing_is_decided_where_it_would_not_hold():
             assert cell["verdict"] == comparison.TOO_FEW
         assert row["detectable_auroc"] is None
         assert {metric["low"] for metric in results["arms"]["S2"]["metrics"].values()} == {None}
-        assert np.isnan(comparison.curve_bands(runs["A1"], resamples=20)["roc"][2]).all()
+        if runs is not some:
+            assert np.isnan(comparison.curve_bands(runs["A1"], resamples=20)["roc"][2]).all()
     tiles = {arm: {k: make(run.labels, run.scores, np.where(run.labels, np.arange(460) // 7, np.arange(460)))
                    for k, run in seeds.items()} for arm, seeds in simulate(3.0).items()}
     results = comparison.analyse(tiles, CONTRASTS, resamples=100)
