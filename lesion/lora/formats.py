@@ -180,8 +180,7 @@ def _read_file(
     if silent and alpha is None and not any(key.startswith("lesion_") for key in metadata):
         notes.append(
             f"{path} says no alpha for {len(silent)} of {len(found)} modules: read at scale 1, as other tools do; if "
-            "it was trained with "
-            "another alpha than its rank, give --lora-alpha N"
+            "it was trained with another alpha than its rank, give --lora-alpha N"
         )
     if alpha is not None and not silent:
         notes.append(f"{path} says its own alpha: --lora-alpha {alpha:g} was not used")

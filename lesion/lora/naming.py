@@ -1,7 +1,7 @@
 """The names by which LoRA files call a module: kohya's, diffusers', peft's, LDM's (the original checkpoint's) and
 ComfyUI's.
 
-Proven by tests/lora/test_naming.py.
+Proven by tests/parity/test_lora_kinds.py.
 """
 import re
 

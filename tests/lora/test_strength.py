@@ -119,7 +119,7 @@ BAD = [
     {"r": 0},
     {"r": "2"},
     {"r": 2.5},
-    {"alpha_pattern": []},
+    {"alpha_pattern": [1]},
     {"alpha_pattern": {"to_q": "x"}},
     {"alpha_pattern": {"(a+)+b": 1}},
     {"alpha_pattern": {"(x+x+)+y": 1}},
