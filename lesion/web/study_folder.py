@@ -165,7 +165,7 @@ def load(folder: Path) -> dict:
         raise ValueError(f"{path} was cut or edited: restore it from a copy") from None
     if format_number != FORMAT:
         raise ValueError(f"{path} has format {format_number!r}, this program reads {FORMAT}")
-    if seal != _seal(study):
+    if seal not in (_seal(study), _first_seal(study)):
         raise ValueError(f"{path} was edited: a study's settings, tiles and readers stay; restore it from a copy")
     if not all(re.fullmatch(TILE, str(tile["id"])) for tile in study["tiles"]) or not all(
             re.fullmatch(READER, str(reader["name"])) and re.fullmatch(LINK, str(reader["link"])) for reader in study["readers"]):
@@ -182,6 +182,12 @@ def load(folder: Path) -> dict:
 
 
 def _seal(study: dict) -> str:
+    """SHA-256 of everything but the seal itself."""
+    return files.sha256_json({name: value for name, value in study.items() if name != "seal"})
+
+
+def _first_seal(study: dict) -> str:
+    """The seal of studies made before it covered origin and token too."""
     return files.sha256_json([study.get(name) for name in ("settings", "tiles", "readers")])
 
 

@@ -365,3 +365,16 @@ def test_readers_can_be_added(folder):
     assert after["readers"][:2] == before["readers"]
     assert len({reader["link"] for reader in after["readers"]}) == 4
     assert [study_folder.order_of(after, k) for k in range(2)] == orders
+
+
+@pytest.mark.parametrize("name", ["created", "organiser_token", "provenance", "skipped"])
+def test_the_seal_covers_everything(tmp_path, name):
+    """A changed date, token, origin or list of skipped tiles is seen; a study of before that is still opened."""
+    folder = tmp_path / "study"
+    study = study_folder.create(folder, real_set(tmp_path / "real", 4), synthetic_set(tmp_path / "drawn", 4), 2, seed=1)
+    old = study | {"seal": study_folder._first_seal(study)}
+    files.write_json(folder / "study.json", old)
+    assert study_folder.load(folder)["settings"] == study["settings"]
+    files.write_json(folder / "study.json", study | {"seal": study_folder._seal(study)} | {name: "changed"})
+    with pytest.raises(ValueError, match="study.json was edited"):
+        study_folder.load(folder)
