@@ -69,7 +69,8 @@ def load(path_or_hub_id: str | Path, device: str | torch.device = "cpu", dtype: 
     sd = _from_folder(path, vae is None) if path.is_dir() else _from_single_file(path, vae is None)
     if vae is not None:
         sd.vae, more = load_vae(vae)
-        sd.files += more
+        text = next((i for i, file in enumerate(sd.files) if file.parent.name == "text_encoder"), len(sd.files))
+        sd.files[text:text] = more  # where a folder's own VAE stands: the same weights have the same hash
     if tokenizer is None and sd.tokenizer is None:
         tokenizer = hub.fetch(hub.CLIP_HUB_ID, lambda _: ["vocab.json", "merges.txt"], _has_vocabulary, "vocab.json",
                               "give --tokenizer DIR (vocab.json and merges.txt)")
