@@ -345,12 +345,20 @@ def open_folder(out: Path, provenance: dict) -> None:
     files.write_json(path, provenance)
 
 
+def listed_in(path: Path) -> dict[str, dict]:
+    """{file_name: row} of a manifest, or nothing where there is none yet. ValueError for a damaged one."""
+    have = {row.get("file_name"): row for row in files.read_jsonl(path)} if path.is_file() else {}
+    if not all(isinstance(name, str) for name in have):
+        raise ValueError(f"{path} is damaged: a row has no file_name")
+    return have
+
+
 def keep_whole(out: Path, batches: list[list[dict]]) -> list[tuple[str, str]]:
     """Take out of the folder and its manifest every picture of a batch that is not whole; (name, what is wrong) of those that are
     listed but not as they were drawn. A batch is whole if each picture has the SHA-256 that its row says: one without a row is a
     killed call's, whose row was not written yet."""
     path = out / files.MANIFEST
-    have = {row["file_name"]: row for row in files.read_jsonl(path)} if path.is_file() else {}
+    have = listed_in(path)
     wrong, again = [], []
     for some in batches:
         states = {row["file_name"]: state_of(out / row["file_name"], row, have.get(row["file_name"])) for row in some}
@@ -378,9 +386,7 @@ def write_rows(out: Path, rows: list[dict], final: bool) -> None:
     """Manifest rows of the images that exist, with their SHA-256: appended as they come, at last written in order (a shorter call
     keeps a longer one's)."""
     path = out / files.MANIFEST
-    have = {row.get("file_name"): row for row in files.read_jsonl(path)} if path.is_file() else {}
-    if not all(isinstance(name, str) for name in have):
-        raise ValueError(f"{path} is damaged: a row has no file_name")
+    have = listed_in(path)
     fresh = [row | {"sha256": files.sha256_file(out / row["file_name"])} for row in rows
              if row["file_name"] not in have and (out / row["file_name"]).is_file()]
     if final:

@@ -1,5 +1,6 @@
 """Fixtures every test may use: the shared reference material (skipped, saying so, where it is absent) and the repo root."""
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ SHARED = Path(os.environ.get("LESION_SHARED", ROOT.parent / "shared"))
 
 
 def pytest_configure(config):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts us in the background has it ignored
     if os.environ.get("CI") and not SHARED.is_dir():
         raise pytest.UsageError(f"CI needs the reference material at {SHARED}")
 

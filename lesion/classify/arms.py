@@ -35,6 +35,7 @@ ARMS = {
     "S2w": Arm("synthetic", True, True, (0.49, 0.882, 0.467), "+ augmentation + synthetic + weighted loss"),
     "O1": Arm("real", True, False, None, "+ augmentation + the real malignant tiles a second time"),
 }
+RATIO_FREE = [name for name, arm in ARMS.items() if arm.extra is None]  # the same at every ratio: trained once
 CONTRASTS = {
     ("A1", "S2"): "synthetic tiles added",
     ("W1", "S2w"): "synthetic tiles added under a weighted loss",
@@ -181,3 +182,8 @@ def order_of(arm: Arm, real: int, malignant: list[int], synthetic: int, count: i
 
 def _malignant(rows):
     return sum(row["label"] == "malignant" for row in rows)
+
+
+def ratio_name(ratio: float) -> str:
+    """ratio-1, ratio-0.5: a folder's name."""
+    return f"ratio-{ratio:g}"

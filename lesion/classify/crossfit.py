@@ -17,7 +17,6 @@ from pathlib import Path
 from lesion.classify import arms
 from lesion.run import cli, files, folders, lock, sums
 
-RATIO_FREE = [name for name, arm in arms.ARMS.items() if arm.extra is None]  # the same at every ratio: trained once
 SPARE = 1.25  # synthetic tiles drawn for one that is needed: copies are dropped
 
 
@@ -139,11 +138,6 @@ def size_name(size: int | None) -> str:
     return "all" if size is None else str(size)
 
 
-def ratio_name(ratio: float) -> str:
-    """ratio-1, ratio-0.5: a folder's name."""
-    return f"ratio-{ratio:g}"
-
-
 # --------------------------------------------------------------------------------------------------------------- steps
 
 def steps_of(plan: Plan, place: Place, malignant: int) -> list[tuple[Path, list[str]]]:
@@ -164,10 +158,10 @@ def steps_of(plan: Plan, place: Place, malignant: int) -> list[tuple[Path, list[
         steps.append((kept, ["evaluate.py", "--synthetic", str(drawn), "--data", str(data), "--out", str(folder / "pictures"),
                              "--drop-copies", str(kept.parent)]))
     for number, ratio in enumerate(plan.ratios):
-        names = [name for name in plan.experiments if number == 0 or name not in RATIO_FREE]
+        names = [name for name in plan.experiments if number == 0 or name not in arms.RATIO_FREE]
         synthetic = ["--synthetic", str(kept)] if any(arms.ARMS[name].extra == "synthetic" for name in names) else []
         if names:
-            out = folder / ratio_name(ratio)
+            out = folder / arms.ratio_name(ratio)
             steps.append((out, ["classify.py", "--data", str(data), *synthetic, "--ratio", f"{ratio:g}", "--experiments", *names,
                                 "--seeds", str(plan.seeds), *seed, "--out", str(out), "--save-weights", "none",
                                 *shlex.split(plan.classify)]))
@@ -236,7 +230,7 @@ def answer(plan: Plan, places: list[Place], out: Path) -> None:
     for size in plan.sizes:
         for ratio in plan.ratios:
             mine = [place for place in places if place.size == size]
-            folder = out / "answer" / f"{size_name(size)}-{ratio_name(ratio)}"
+            folder = out / "answer" / f"{size_name(size)}-{arms.ratio_name(ratio)}"
             missing = join(plan, mine, ratio, folder)
             if missing:
                 print(f"{folder.name}: not all folds are done yet (first missing: {missing[0]})", flush=True)
@@ -247,7 +241,7 @@ def answer(plan: Plan, places: list[Place], out: Path) -> None:
         files.write_json(out / "curve.json", found)
         curve.draw(found, out / "curve.png")
         print(*curve.lines(found), sep="\n")
-        first = out / "answer" / f"{size_name(plan.sizes[-1])}-{ratio_name(plan.ratios[0])}"
+        first = out / "answer" / f"{size_name(plan.sizes[-1])}-{arms.ratio_name(plan.ratios[0])}"
         print(f"next: {shlex.join(['python', 'evaluate.py', '--classify', str(first), '--data', plan.data])}")
 
 
@@ -256,15 +250,15 @@ def join(plan: Plan, places: list[Place], ratio: float, folder: Path) -> list[Pa
     missing, tables, notes, counts, checked, args = [], {}, [], [], [], {}
     for place in places:
         for name in plan.experiments:
-            run = place.folder / ratio_name(plan.ratios[0] if name in RATIO_FREE else ratio)
+            run = place.folder / arms.ratio_name(plan.ratios[0] if name in arms.RATIO_FREE else ratio)
             for seed in range(plan.seeds):
                 path = run / name / f"seed{seed}" / "predictions.csv"
                 if path.is_file():
                     tables.setdefault(f"{name}/seed{seed}", []).append(path)
                 else:
                     missing.append(path)
-        if (place.folder / ratio_name(ratio) / "args.json").is_file():
-            args = files.read_json(place.folder / ratio_name(ratio) / "args.json")
+        if (place.folder / arms.ratio_name(ratio) / "args.json").is_file():
+            args = files.read_json(place.folder / arms.ratio_name(ratio) / "args.json")
             notes, counts, checked = notes + args["notes"], counts + args["counts"], checked + (args["checked"] or [])
     if missing:
         return missing

@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 
 from lesion.classify import predictions
-from lesion.classify.arms import CONTRASTS
+from lesion.classify.arms import CONTRASTS, RATIO_FREE, ratio_name
 from lesion.stats import inference
 
 LEVEL = 0.95
@@ -24,7 +24,6 @@ def point(plan, places, size: int | None, ratio: float, folder: Path) -> dict:
 
     plan, places, folder: as lesion.classify.crossfit has them; ValueError for predictions that do not fit together.
     """
-    from lesion.classify.crossfit import RATIO_FREE, ratio_name
     from lesion.run import files
     folds = []
     for place in places:

@@ -27,7 +27,7 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 MISSING = {"", "na", "n/a", "nan", "null", "none", "<na>"}
 IDS = frozenset({"isic_id", "patient_id", "lesion_id"})
 TEXTS = frozenset({"text", "caption", "prompt", "split", "sha256"})
-KNOWN = IDS | TEXTS | {"label", "attributes", "metadata"}
+KNOWN = (IDS | TEXTS | {"label", "attributes", "metadata"}) - {"prompt"}  # of these a hole is None; an empty prompt is a prompt
 
 
 @contextlib.contextmanager
