@@ -117,7 +117,8 @@ def test_figure_shows_every_reader_and_the_pool(sets, tmp_path):
     box = chart.get_tightbbox()
     assert box.width <= chart.get_figwidth() + 0.01
     assert box.height <= chart.get_figheight() + 0.01
-    plots.save(chart, tmp_path / "out" / "figures", "readers")
+    for stem, figure in figures.items():
+        plots.save(figure, tmp_path / "out" / "figures", stem)
     page.write(tmp_path / "out", "Readers", blocks, results)
     assert "data:image/svg+xml" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
