@@ -235,7 +235,9 @@ def answer(plan: Plan, places: list[Place], out: Path) -> None:
             if missing:
                 print(f"{folder.name}: not all folds are done yet (first missing: {missing[0]})", flush=True)
             else:
-                points.append(curve.point(plan, mine, size, ratio, folder))
+                counts = files.read_json(folder / "args.json")["counts"]
+                real = sum(count["train"]["malignant"] for count in counts) / len(counts)
+                points.append(curve.point(size, ratio, real, [runs_of(plan, place, ratio) for place in mine]))
     if points:
         found = curve.summary(points)
         files.write_json(out / "curve.json", found)
@@ -243,6 +245,14 @@ def answer(plan: Plan, places: list[Place], out: Path) -> None:
         print(*curve.lines(found), sep="\n")
         first = out / "answer" / f"{size_name(plan.sizes[-1])}-{arms.ratio_name(plan.ratios[0])}"
         print(f"next: {shlex.join(['python', 'evaluate.py', '--classify', str(first), '--data', plan.data])}")
+
+
+def runs_of(plan: Plan, place: Place, ratio: float) -> dict[str, list]:
+    """arm -> the runs of a fold (predictions.Run), one a seed."""
+    from lesion.classify import predictions
+    runs = {name: seeds for at in (plan.ratios[0], ratio) for name, seeds in predictions.read_runs(place.folder / ratio_name(at)).items()
+            if at == ratio or name in RATIO_FREE}
+    return {name: [runs[name][seed] for seed in range(plan.seeds)] for name in plan.experiments}
 
 
 def join(plan: Plan, places: list[Place], ratio: float, folder: Path) -> list[Path]:

@@ -11,33 +11,23 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from lesion.classify import predictions
-from lesion.classify.arms import CONTRASTS, RATIO_FREE, ratio_name
+from lesion.classify.arms import CONTRASTS
 from lesion.stats import inference
 
 LEVEL = 0.95
 PRIMARY = "O1 to S2"
 
 
-def point(plan, places, size: int | None, ratio: float, folder: Path) -> dict:
-    """The figures of one size and ratio: real malignant training tiles a fold (mean), arms, contrasts.
+def point(size: int | None, ratio: float, real: float, folds: list[dict[str, list]]) -> dict:
+    """The figures of one size and ratio: arms and contrasts.
 
-    plan, places, folder: as lesion.classify.crossfit has them; ValueError for predictions that do not fit together.
+    real: malignant training tiles a fold (mean); folds: for each fold, arm -> runs (predictions.Run), one a seed.
     """
-    from lesion.run import files
-    folds = []
-    for place in places:
-        runs = predictions.read_runs(place.folder / ratio_name(ratio))
-        if ratio != plan.ratios[0]:
-            runs |= {name: seeds for name, seeds in predictions.read_runs(place.folder / ratio_name(plan.ratios[0])).items()
-                     if name in RATIO_FREE}
-        folds.append({name: [runs[name][seed] for seed in range(plan.seeds)] for name in plan.experiments})
-    counts = files.read_json(folder / "args.json")["counts"]
-    real = float(np.mean([count["train"]["malignant"] for count in counts]))
-    return {"size": "all" if size is None else size, "ratio": ratio, "real": real, "folder": str(folder),
-            "arms": {name: auroc([fold[name] for fold in folds]) for name in plan.experiments},
+    names = list(folds[0])
+    return {"size": "all" if size is None else size, "ratio": ratio, "real": real,
+            "arms": {name: auroc([fold[name] for fold in folds]) for name in names},
             "contrasts": {f"{a} to {b}": difference([fold[a] for fold in folds], [fold[b] for fold in folds])
-                          for a, b in CONTRASTS if a in plan.experiments and b in plan.experiments}}
+                          for a, b in CONTRASTS if a in names and b in names}}
 
 
 def auroc(folds: list[list]) -> dict:

@@ -10,6 +10,7 @@ from pathlib import Path
 from lesion.run import cli, lock, sums
 
 BF16_STAGES = ("vae", "texture")  # convolutions gain by it; the U-Net's attention loses more than they gain (measured on a CPU)
+NETWORKS = ("text_encoder", "unet", "vae")  # the folders of a model
 
 
 def parse(argv: list[str]):
@@ -84,7 +85,7 @@ def recipe_of(args):
     known = {field.name: getattr(args, field.name) for field in fields(Recipe) if hasattr(args, field.name)}
     if args.precision == "auto":
         known["precision"] = "bf16" if args.stage in BF16_STAGES and torch.cpu._is_avx512_bf16_supported() else "fp32"
-    weights = sorted(args.start.glob("*/*.safetensors")) if args.start else []
+    weights = [path for name in NETWORKS for path in sorted((args.start / name).glob("*.safetensors"))] if args.start else []
     if args.start and not weights:
         raise ValueError(f"--start {args.start} holds no model: give a folder as this command writes it")
     return Recipe(**known, start_sha256=files_sha256(weights) if weights else None)
