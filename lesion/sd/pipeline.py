@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lesion.sd import samplers
+from lesion.sd import fast, samplers
 from lesion.sd.checkpoint import StableDiffusion
 
 SAMPLERS = ("ddim", "ddpm", "dpmpp")
@@ -53,7 +53,8 @@ def draw(sd: StableDiffusion, context: Tensor, negative_context: Tensor, seeds: 
     noise_fn = samplers.guided(network, context.to(dtype), negative_context.to(dtype), guidance_scale)
     run: Callable = {"ddim": partial(samplers.ddim, eta=eta, draw=fresh), "ddpm": partial(samplers.ddpm, draw=fresh),
                      "dpmpp": samplers.dpmpp}[sampler]
-    drawn = run(noise_fn, first if latents is None else latents, steps, on_step=on_step)
+    with fast.same_text(sd.unet):
+        drawn = run(noise_fn, first if latents is None else latents, steps, on_step=on_step)
     bad = [seed for seed, image in zip(seeds, drawn) if not image.isfinite().all()]
     if bad:
         raise ValueError(f"the images of seeds {bad} end in NaN or infinity: is the checkpoint or LoRA damaged? In fp16, try bf16 or fp32")
