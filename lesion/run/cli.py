@@ -109,7 +109,8 @@ def stop_request() -> Iterator[Stop]:
         yield stop
 
 
-RECORDED = ("provenance", "base_sha256", "data_sha256", "color_norm", "tiles", "tag_frequency", "init_lora_sha256")  # in args.json, no flags
+RECORDED = ("provenance", "base_sha256", "data_sha256", "color_norm", "tiles", "tag_frequency",
+            "init_lora_sha256")  # in args.json, no flags
 
 
 def with_recipe(parser: argparse.ArgumentParser, argv: list[str] | None) -> list[str]:

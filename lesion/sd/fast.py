@@ -54,7 +54,8 @@ def free_bytes() -> int:
         free = 1024 * int(Path("/proc/meminfo").read_text(encoding="utf-8").split("MemAvailable:")[1].split()[0])
     with contextlib.suppress(OSError, ValueError):
         group = Path("/sys/fs/cgroup")
-        free = min(free, int((group / "memory.max").read_text(encoding="utf-8")) - int((group / "memory.current").read_text(encoding="utf-8")))
+        limit, taken = (int((group / name).read_text(encoding="utf-8")) for name in ("memory.max", "memory.current"))
+        free = min(free, limit - taken)
     return free
 
 

@@ -142,7 +142,8 @@ def test_repeats_are_byte_identical(tiny, dtype):
 
 
 @pytest.mark.parametrize("missing", ["removed", "raises", "wrong answer"])
-@pytest.mark.parametrize("operator", ["_reorder_linear_weight", "_linear_pointwise", "_reorder_convolution_weight", "_convolution_pointwise"])
+@pytest.mark.parametrize("operator", ["_reorder_linear_weight", "_linear_pointwise", "_reorder_convolution_weight",
+                                      "_convolution_pointwise"])
 def test_a_torch_without_the_operators(tiny, reference, monkeypatch, operator, missing):
     """Where an operator is gone, raises or computes something else, the plain one stands in and the numbers stay."""
     targets, expected = reference
