@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share two cores: spinning threads would only be in each other's way
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("LESION_SHARED", ROOT.parent / "shared"))
 

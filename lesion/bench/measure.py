@@ -166,7 +166,8 @@ def side_flags(args, precision: str) -> list[str]:
     """The flags of one side's process."""
     given = {"base": args.base, "tokenizer": args.tokenizer, "phase": args.phase, "batch-size": args.batch_size, "rank": args.rank,
              "resolution": args.resolution, "precision": precision, "steps": args.steps, "device": args.device}
-    return [args.what, *(["--plain"] if args.plain else []), *(str(part) for name, value in given.items() if value is not None for part in (f"--{name}", value))]
+    flags = [str(part) for name, value in given.items() if value is not None for part in (f"--{name}", value)]
+    return [args.what, *flags, *(["--plain"] if args.plain else [])]
 
 
 def _answer(side: subprocess.Popen, name: str, command: list[str]) -> str:

@@ -250,8 +250,8 @@ def answer(plan: Plan, places: list[Place], out: Path) -> None:
 def runs_of(plan: Plan, place: Place, ratio: float) -> dict[str, list]:
     """arm -> the runs of a fold (predictions.Run), one a seed."""
     from lesion.classify import predictions
-    runs = {name: seeds for at in (plan.ratios[0], ratio) for name, seeds in predictions.read_runs(place.folder / arms.ratio_name(at)).items()
-            if at == ratio or name in arms.RATIO_FREE}
+    found = [(at, predictions.read_runs(place.folder / arms.ratio_name(at))) for at in (plan.ratios[0], ratio)]
+    runs = {name: seeds for at, some in found for name, seeds in some.items() if at == ratio or name in arms.RATIO_FREE}
     return {name: [runs[name][seed] for seed in range(plan.seeds)] for name in plan.experiments}
 
 

@@ -321,7 +321,7 @@ def test_pictures_are_the_tile_and_its_normalised_self(data):
     assert np.array_equal(pictures["normalised"], colour.normalise(expected, "grey-world"))
     (data / site.desk.rows[2]["file_name"]).write_bytes(b"no jpeg")
     reply = site.client.get("/picture/2/original.png", headers={"Accept": "application/json"})
-    assert (reply.status_code, reply.json) == (400, {"error": "not a picture that Pillow knows"})
+    assert (reply.status_code, reply.json) == (400, {"error": "not a picture: JPEG, PNG, WebP and BMP are read"})
     site.close()
 
 
@@ -509,8 +509,8 @@ def test_the_centre_is_the_lesions(data):
 def test_swatches_are_the_skin_they_stand_for(tone, color):
     """Each swatch, measured like a tile's skin, has an individual typology angle inside its group's range."""
     from lesion.describe.attributes import ITA_EDGES, ita_degrees
-    from lesion.describe.segment import rgb_to_lab
-    light, _, b = rgb_to_lab(np.array([int(color[n:n + 2], 16) for n in (1, 3, 5)], np.uint8))
+    from lesion.tiles.srgb import to_lab
+    light, _, b = to_lab(np.array([int(color[n:n + 2], 16) for n in (1, 3, 5)], np.uint8))
     place = NAMES["skin_tone"].index(tone)
     edges = (90.0, *ITA_EDGES, -90.0)
     assert edges[place + 1] + 2 < ita_degrees(light, b) < edges[place] - 2
