@@ -53,7 +53,7 @@ def caught(mutant: dict, copy: Path) -> bool:
     text = path.read_text(encoding="utf8")
     path.write_text(planted(text, mutant), encoding="utf8")
     try:
-        command = [sys.executable, "-B", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutant["test"].split()]
+        command = [sys.executable, "-B", "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", *mutant["test"].split()]
         done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=600)
         return done.returncode == 1 and "FAILED" in done.stdout
     except subprocess.TimeoutExpired:
