@@ -4,6 +4,7 @@ classify.py runs as it is; teaching and drawing, whose own tests are elsewhere, 
 """
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 from tiny_tiles import write_set, write_synthetic
@@ -31,8 +32,8 @@ class Scripts:
         if self.stop == len(self.calls):
             return 1
         self.calls.append(command)
-        flags = dict(zip(command[1::2], command[2::2]))
-        out = files.Path(flags["--out"])
+        flags = {name: value for name, value in zip(command, command[1:]) if name.startswith("--")}
+        out = Path(flags["--out"])
         if command[0] == "classify.py":
             classify.main(command[1:])
         elif command[0] == "train_lora.py":
@@ -91,7 +92,7 @@ def test_a_fold_learns_from_its_own_training_tiles(data, scripts):
     """Each LoRA, and the tiles drawn with it, belong to the fold's data set; the second phase goes on from the first."""
     run(data)
     for command in scripts.calls:
-        flags = dict(zip(command[1::2], command[2::2]))
+        flags = {name: value for name, value in zip(command, command[1:]) if name.startswith("--")}
         fold = flags["--out"].split("/")[-3]
         assert fold in ("fold0", "fold1")
         assert all(fold in value for name, value in flags.items() if name in ("--data", "--prompts-from", "--lora", "--synthetic"))
