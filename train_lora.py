@@ -230,7 +230,7 @@ def train(flags: dict, out: Path, resume: bool, stop: cli.Stop) -> None:
     if first_rank:
         watch.loss_curve(out / "metrics.jsonl", out / "loss.png")
         watch.before_and_after(out / "samples", recipe.steps)
-        sums.write(out)
+        sums.write(out, but=("timing.jsonl",))  # times differ from run to run, the sums shall not
         say(f"LoRA: {out / 'lora.safetensors'}\nloss: {out / 'loss.png'}\n"
             f"before and after: {out / 'samples' / 'before-after.png'}\n"
             f"next: python generate.py --lora {out / 'lora.safetensors'} --base {recipe.base} --prompts-from {recipe.data} --count 16")

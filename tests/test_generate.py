@@ -178,7 +178,7 @@ def test_an_empty_prompt_is_a_prompt(base, tmp_path):
     """--prompt "" draws with the empty prompt: no data set is asked for, and the manifest says so."""
     generate.main([*map(str, ["--base", base, "--prompt", "", "--out", tmp_path / "a", "--count", 1, "--steps", 1, "--resolution", 64])])
     assert files.read_manifest(tmp_path / "a")[0]["prompt"] == ""
-    one = json.loads((tmp_path / "a" / "provenance.json").read_text())["settings"]
+    one = json.loads((tmp_path / "a" / "provenance.json").read_text(encoding="utf-8"))["settings"]
     assert one["prompts_sha256"] == files.sha256_json([""])
 
 
@@ -236,7 +236,7 @@ def test_a_lora_in_two_parts(base, networks, tmp_path):
     one = draw(base, tmp_path / "a", "--lora", tmp_path / "one.safetensors", count=1)
     two = draw(base, tmp_path / "b", "--lora", tmp_path / "two", count=1)
     assert (one == two).all()
-    used = json.loads((tmp_path / "b" / "provenance.json").read_text())["loras"][0]
+    used = json.loads((tmp_path / "b" / "provenance.json").read_text(encoding="utf-8"))["loras"][0]
     assert used["file"] == str(tmp_path / "two")
     hashes = [files.sha256_file(path) for path in formats.files(tmp_path / "two")]
     assert used["sha256"] == files.sha256_bytes("".join(hashes).encode())
@@ -564,7 +564,7 @@ def test_damaged_files_of_our_own(base, lora, tmp_path, name, content):
     flags = [str(flag) for flag in ("--lora", run / "lora.safetensors", "--prompt", "x", "--out", tmp_path / "out", "--count", 1)]
     files.write_json(run / "args.json", {"base": str(base)})
     generate.main([*flags, "--steps", "1", "--resolution", "64"])
-    ((run if name == "args.json" else tmp_path / "out") / name).write_text(json.dumps(content) + "\n")
+    ((run if name == "args.json" else tmp_path / "out") / name).write_text(json.dumps(content) + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match="damaged|another call") as error:
         generate.main([*flags, "--steps", "1", "--resolution", "64"])
     assert "\n" not in str(error.value)

@@ -86,7 +86,7 @@ def convert(file: Path, out: Path) -> str:
             ],
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             check=False,
             env=environment,
         )

@@ -78,7 +78,7 @@ def test_whole_experiment_stopped_and_resumed(data, scripts, capsys):
     for name in ("6-ratio-1", "6-ratio-2", "all-ratio-1", "all-ratio-2"):
         runs = predictions.read_runs(out / "answer" / name)
         assert {arm: runs[arm][0].ids.tolist() for arm in runs} == dict.fromkeys(("A1", "S2", "O1"), every)
-        assert len(json.loads((out / "answer" / name / "args.json").read_text())["counts"]) == 2
+        assert len(json.loads((out / "answer" / name / "args.json").read_text(encoding="utf-8"))["counts"]) == 2
     found = files.read_json(out / "curve.json")
     assert [(one["size"], one["ratio"]) for one in found["points"]] == [(6, 1.0), (6, 2.0), ("all", 1.0), ("all", 2.0)]
     assert (out / "curve.png").is_file()

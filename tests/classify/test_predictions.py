@@ -47,7 +47,7 @@ def test_names_are_utf8_whatever_the_locale(tmp_path):
     code = ("import sys; from pathlib import Path; from lesion.classify import predictions; folder = Path(sys.argv[1]); "
             "predictions.merge_folds(folder, 1); run = predictions.read(folder / 'predictions.csv'); "
             "print(ascii([*map(str, run.ids), *map(str, run.patients)]))")
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False,
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, encoding="utf-8", check=False,
                           env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
     assert done.returncode == 0, done.stderr
     assert set(ast.literal_eval(done.stdout)) == {*(f"läsion{8 + i}" for i in range(8)), *(f"MüllerP{i}" for i in range(4, 8))}

@@ -75,7 +75,7 @@ def test_a_score_belongs_to_its_own_picture(tiles, tmp_path):
     names = {row["isic_id"]: row["file_name"] for row in files.read_manifest(tiles / "data")}
     for arm in ("A1", "S2", "O1"):
         model, _ = network.load(tmp_path / "run" / arm / "seed0" / "model.safetensors")
-        with open(tmp_path / "run" / arm / "seed0" / "predictions.csv", newline="") as file:
+        with open(tmp_path / "run" / arm / "seed0" / "predictions.csv", newline="", encoding="utf-8") as file:
             table = list(csv.DictReader(file))
         alone = [network.predict(model, torch.from_numpy(np.asarray(Image.open(tiles / "data" / names[row["id"]])).copy()[None]))[0]
                  for row in table]

@@ -27,7 +27,7 @@ def lora(path, style="base_model.model.", metadata=None, rank=RANK):
 def config(folder, **entries):
     (folder / "adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": 16, **entries})
-    )
+    , encoding="utf-8")
 
 
 def scales(path, **more):
@@ -156,7 +156,7 @@ def test_configs_are_not_believed(tmp_path, entries):
 @pytest.mark.parametrize("text", ["[" * 100_000, "{", "[]", "3", "null", '{"a":' * 50_000, ""])
 def test_json_that_is_none(tmp_path, text):
     """adapter_config.json and lora_adapter_metadata that are not JSON objects, or nested without end."""
-    (tmp_path / "adapter_config.json").write_text(text)
+    (tmp_path / "adapter_config.json").write_text(text, encoding="utf-8")
     assert "adapter_config.json" in refusal(lora(tmp_path / "a.safetensors"))
     assert "lora_adapter_metadata" in refusal(
         lora(tmp_path / "b.safetensors", "unet.", {"lora_adapter_metadata": text})

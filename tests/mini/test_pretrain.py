@@ -67,7 +67,7 @@ def test_every_stage_resumes_to_the_bit_and_loads(data, tmp_path, monkeypatch, c
     for stage, more in (("vae", ("--precision", "fp32")), ("texture", ("--precision", "bf16")), ("unet", ("--rare-power", 0.5))):
         run(stage, data, whole, *more)
         run(stage, data, cut, "--stop-at", 2, *more)
-        files.append_jsonl(cut / f"{stage}.jsonl", {"step": 3, "loss": 0.0})  # logged, killed before its checkpoint
+        files.append_jsonl(cut / f"{stage}.jsonl", {"step": 3, "loss": 0.0})  # logged, killed before its checkpoint:
         (cut / sums.NAME).unlink()                                            # and so before its hashes
         with pytest.raises(ValueError, match="give --resume"):
             run(stage, data, cut, *more)

@@ -54,7 +54,7 @@ def caught(mutant: dict, copy: Path) -> bool:
     path.write_text(planted(text, mutant), encoding="utf8")
     try:
         command = [sys.executable, "-B", "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", *mutant["test"].split()]
-        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(command, cwd=copy, capture_output=True, encoding="utf-8", timeout=600)
         return done.returncode == 1 and "FAILED" in done.stdout
     except subprocess.TimeoutExpired:
         return True

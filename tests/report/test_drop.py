@@ -35,10 +35,10 @@ def test_dropping_again_replaces_only_its_own_work(tmp_path):
         left = sorted(path.name for path in (tmp_path / "new").glob("*.png"))
         assert left == [row["file_name"] for row in rows if row["file_name"] not in names]
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    (tmp_path / "mine" / "notes.txt").write_text("mine", encoding="utf-8")
     for folder, out in (("other", "new"), ("old", "mine")):
         with pytest.raises(ValueError, match="was not made from"):
             drop.drop_copies(tmp_path / folder, [], tmp_path / out)
     assert sorted(path.name for path in (tmp_path / "new").glob("*.png")) == ["0.png", "1.png"]
-    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "mine" / "notes.txt").read_text(encoding="utf-8") == "mine"
     assert not list(tmp_path.glob(".*"))

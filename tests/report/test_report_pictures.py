@@ -58,7 +58,7 @@ def test_the_same_command_works_again(made, run_script):
     assert run_script("evaluate.py", *flags, root / "kept", timeout=900).returncode == 0
     assert {path: path.read_bytes() for path in (root / "kept").rglob("*.*")} == before
     (root / "mine" / "phase-1").mkdir(parents=True)
-    (root / "mine" / "phase-1" / "notes.txt").write_text("mine")
+    (root / "mine" / "phase-1" / "notes.txt").write_text("mine", encoding="utf-8")
     done = run_script("evaluate.py", *flags, root / "mine")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "was not made from" in done.stderr

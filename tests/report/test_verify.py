@@ -172,7 +172,8 @@ def test_a_study(tmp_path):
 def test_the_command(made, tmp_path):
     """Exit code 0 and a count; 1 and the file's name; 2 for no folder; a folder without hashes is not called good."""
     def call(*folders):
-        return subprocess.run([sys.executable, "-m", "lesion", "verify", *map(str, folders)], cwd=made, capture_output=True, text=True,
+        return subprocess.run([sys.executable, "-m", "lesion", "verify", *map(str, folders)], cwd=made,
+                              capture_output=True, encoding="utf-8",
                               env={**os.environ, "PYTHONPATH": str(ROOT)})
     shutil.copytree(made / "arms", tmp_path / "arms")
     (tmp_path / "arms" / "O1" / "seed0" / "predictions.csv").write_text("id\n", encoding="utf-8")

@@ -37,7 +37,7 @@ def made(tmp_path_factory, run_script):
         "def see(event, args):\n"
         "    if event == 'open' and isinstance(args[0], (str, bytes)) and args[1] in ('r', 'rb', None):\n"
         "        log.write(os.fsdecode(args[0]) + '\\n'); log.flush()\n"
-        "sys.addaudithook(see)\n")
+        "sys.addaudithook(see)\n", encoding="utf-8")
     done = run_script("evaluate.py", "--classify", "runs/arms", "--data", "data", "--synthetic", ODD, "--out", "report",
                       "--drop-copies", "kept", cwd=root, timeout=900,
                       env={"OPENED": str(root / "opened.txt"), "PYTHONPATH": f"{hook}{os.pathsep}{ROOT}"})
@@ -101,7 +101,7 @@ def test_foreign_files_are_never_replaced(made, run_script):
     _, root, _ = made
     (root / "mine").mkdir()
     for name in ("notes.txt", "report.html"):
-        (root / "mine" / name).write_text("mine")
+        (root / "mine" / name).write_text("mine", encoding="utf-8")
     done = run_script("evaluate.py", "--classify", "runs/arms", "--out", "mine", cwd=root)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "holds notes.txt" in done.stderr

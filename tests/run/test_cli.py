@@ -280,7 +280,7 @@ cli.run(main, "draw.py")
 @pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")])
 def test_a_signal_ends_in_one_line(number, code, word):
     """SIGTERM is exit code 143, ctrl-C 130; either way what tidies up does so, and one line says what happened."""
-    process = subprocess.Popen([sys.executable, "-c", SLEEPS], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", SLEEPS], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
     out, err = process.communicate(timeout=30)

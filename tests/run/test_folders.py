@@ -190,7 +190,8 @@ def test_replaced_at_every_moment_is_old_or_new(tmp_path, exchange):
 
     def call(number, word):
         program = KILLED if exchange else KILLED.replace("left = int", "folders._exchange = lambda *_: False\nleft = int")
-        return subprocess.run([sys.executable, "-c", program, str(tmp_path / "r"), str(number), word], capture_output=True, text=True,
+        return subprocess.run([sys.executable, "-c", program, str(tmp_path / "r"), str(number), word],
+                              capture_output=True, encoding="utf-8",
                               env={**os.environ, "PYTHONPATH": str(folders.ROOT)})
     assert call(10**9, "old").stdout == "done\n"
     killed = 0
@@ -215,7 +216,7 @@ def test_replaced_keeps_the_old_folder_when_it_fails(tmp_path):
     (tmp_path / "link").symlink_to("real")
     def replace(word):
         with folders.replaced(tmp_path / "link") as new:
-            (new / "x").write_text(word)
+            (new / "x").write_text(word, encoding="utf-8")
             if word == "y":
                 raise ZeroDivisionError
     replace("x")

@@ -27,7 +27,7 @@ with lock.owner(sys.argv[1], **eval(sys.argv[2])):
 
 def hold(folder, **how):
     """A process that owns `folder`."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder), repr(how)], env=ENV, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder), repr(how)], env=ENV, stdout=subprocess.PIPE, encoding="utf-8")
     assert process.stdout.readline() == "mine\n"
     return process
 
@@ -56,7 +56,7 @@ def test_a_killed_owners_lock_is_free(tmp_path, holder):
     holder.wait()
     assert (tmp_path / "run" / ".lock").is_file()
     with lock.owner(tmp_path / "run"):
-        assert json.loads((tmp_path / "run" / ".lock").read_text())["pid"] == os.getpid()
+        assert json.loads((tmp_path / "run" / ".lock").read_text(encoding="utf-8"))["pid"] == os.getpid()
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
 
 
@@ -91,7 +91,7 @@ def test_a_forked_child_does_not_hold_it(tmp_path):
             print(child, flush=True)
             time.sleep(60)
     """)
-    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], env=ENV, stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], env=ENV, stdout=subprocess.PIPE, encoding="utf-8")
     child = int(parent.stdout.readline())
     try:
         parent.kill()
@@ -174,7 +174,7 @@ def test_twenty_at_once(tmp_path):
                 assert "is in use by" in str(error)
     """)
     every = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], env=ENV, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, text=True) for _ in range(20)]
+                              stderr=subprocess.PIPE, encoding="utf-8") for _ in range(20)]
     results = [process.communicate(timeout=60) for process in every]
     assert [process.returncode for process in every] == [0] * 20, [err[-500:] for _, err in results if err]
     assert sum(out.count("in") for out, _ in results) > 20

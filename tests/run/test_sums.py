@@ -28,13 +28,13 @@ def test_what_is_listed(folder):
 def test_sha256sum_reads_it(folder):
     """`sha256sum -c` agrees, before and after a change."""
     assert subprocess.run(["sha256sum", "-c", "--strict", sums.NAME], cwd=folder, capture_output=True).returncode == 0
-    (folder / "b.txt").write_text("b.txT")
+    (folder / "b.txt").write_text("b.txT", encoding="utf-8")
     assert subprocess.run(["sha256sum", "-c", "--strict", sums.NAME], cwd=folder, capture_output=True).returncode == 1
 
 
 def test_a_changed_or_missing_file_is_named(folder):
     """One line a file; a file that is not asked for does not matter."""
-    (folder / "b.txt").write_text("c.txt")
+    (folder / "b.txt").write_text("c.txt", encoding="utf-8")
     (folder / "samples" / "a b.png").unlink()
     assert [problem.split(str(folder))[1][:7] for problem in sums.problems(folder)] == ["/b.txt ", "/sample"]
     with pytest.raises(ValueError, match=r"b\.txt is not what was written: its SHA-256 differs from SHA256SUMS \(and 1 more"):
@@ -57,7 +57,7 @@ def test_a_command_at_work_voids_them(folder):
     with sums.over(folder):
         files.write_bytes(folder / "c", b"1")
     assert set(sums.read(folder)) == {"b.txt", "samples/a b.png", "c"}
-    (folder / "c").write_text("2")
+    (folder / "c").write_text("2", encoding="utf-8")
     with pytest.raises(ValueError, match="c is not what was written"), sums.over(folder):
         pass
 
@@ -65,7 +65,7 @@ def test_a_command_at_work_voids_them(folder):
 def test_update(folder):
     """A later command takes over the hash of what it rightly changed, and of nothing else."""
     for name in ("b.txt", "samples/a b.png"):
-        (folder / name).write_text("new")
+        (folder / name).write_text("new", encoding="utf-8")
     sums.update(folder, "b.txt")
     assert [problem.split(" ")[0].rsplit("/")[-1] for problem in sums.problems(folder)] == ["a"]
 
@@ -73,6 +73,6 @@ def test_update(folder):
 @pytest.mark.parametrize("line", ["x", "0" * 64 + " x", "0" * 63 + "g  x", "0" * 64 + "  ../x", "0" * 64 + "  /etc/passwd"])
 def test_a_damaged_table_is_refused(folder, line):
     """A line that is no hash and name, or leads out of the folder, is named by its number."""
-    (folder / sums.NAME).write_text((folder / sums.NAME).read_text() + line + "\n")
+    (folder / sums.NAME).write_text((folder / sums.NAME).read_text(encoding="utf-8") + line + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match="SHA256SUMS, line 3"):
         sums.read(folder)

@@ -92,8 +92,8 @@ def test_the_simulation_hides_them(tmp_path):
     code = SIMULATED.split("name = sys.argv[1]")[0] + "\nexec(compile(sys.argv[1], root + '/x.py', 'exec'), {'__file__': root + '/x.py'})"
     line = [sys.executable, "-c", code, str(ROOT), ",".join(ABSENT), ",".join(CALLS)]
     for text in ("import fcntl", "import resource", "import os; os.fork()", "import signal; signal.SIGPIPE"):
-        assert "simulated Windows" in subprocess.run([*line, text], capture_output=True, text=True).stderr
-    done = subprocess.run([*line, "import subprocess, tempfile, os; os.getcwd()"], capture_output=True, text=True)
+        assert "simulated Windows" in subprocess.run([*line, text], capture_output=True, encoding="utf-8").stderr
+    done = subprocess.run([*line, "import subprocess, tempfile, os; os.getcwd()"], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
 
 

@@ -342,7 +342,7 @@ def shard(file, parts, fp16=False):
         where |= dict.fromkeys(keys, name)
         files.append(file.parent / name)
     index = {"metadata": {"total_size": 1}, "weight_map": where}
-    (file.parent / f"{stem}.safetensors.index{middle}.json").write_text(json.dumps(index))
+    (file.parent / f"{stem}.safetensors.index{middle}.json").write_text(json.dumps(index), encoding="utf-8")
     return files
 
 
@@ -367,7 +367,7 @@ def test_shards_are_not_believed(folder, shared):
     """A shard that is missing, leads out of the folder, or an index that is none: named."""
     files = shard(folder / UNET, 2)
     index = files[0].parent / "diffusion_pytorch_model.safetensors.index.json"
-    good = json.loads(index.read_text())
+    good = json.loads(index.read_text(encoding="utf-8"))
     for content, says in (
         ({"weight_map": {"a": "../../x.safetensors"}}, "allowed are .safetensors files beside it"),
         ({"weight_map": {"a": "/etc/passwd"}}, "allowed are"),
@@ -375,9 +375,9 @@ def test_shards_are_not_believed(folder, shared):
         ({"weight_map": {"a": 3}}, "expected `weight_map`"),
         ({"weight_map": {"a": "no.safetensors"}}, "is not there"),
     ):
-        index.write_text(json.dumps(content))
+        index.write_text(json.dumps(content), encoding="utf-8")
         assert says in refusal(folder, shared)
-    index.write_text(json.dumps(good))
+    index.write_text(json.dumps(good), encoding="utf-8")
     data = files[1].read_bytes()
     files[1].unlink()
     assert "2 shards belong together" in refusal(folder, shared)

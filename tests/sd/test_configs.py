@@ -25,9 +25,9 @@ def folder(tiny, tmp_path):
 
 def configure(folder, part, **changes):
     file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
-    text = json.dumps({**json.loads(file.read_text()), **changes})
+    text = json.dumps({**json.loads(file.read_text(encoding="utf-8")), **changes})
     file.unlink()
-    file.write_text(text)
+    file.write_text(text, encoding="utf-8")
 
 
 def refusal(path, shared, **more):
@@ -155,9 +155,9 @@ def test_moving_averages_leave_their_settings(folder, shared):
 def test_another_pipeline_is_named(folder, shared):
     """model_index.json of a latent-consistency or inpainting pipeline."""
     index = folder / "model_index.json"
-    text = index.read_text().replace("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
+    text = index.read_text(encoding="utf-8").replace("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
     index.unlink()
-    index.write_text(text)
+    index.write_text(text, encoding="utf-8")
     assert "is a 'LatentConsistencyModelPipeline'" in refusal(folder, shared)
 
 
@@ -281,9 +281,9 @@ CHANGED = [
 def test_the_original_yaml_is_understood(single, shared):
     """v1-inference.yaml beside the file, and its latent scale is believed."""
     path = single()
-    path.with_suffix(".yaml").write_text(V1)
+    path.with_suffix(".yaml").write_text(V1, encoding="utf-8")
     assert checkpoint.load(path, tokenizer=shared / "clip_tokenizer").latent_scale == 0.18215
-    path.with_suffix(".yaml").write_text(V1.replace("scale_factor: 0.18215", "scale_factor: 0.5"))
+    path.with_suffix(".yaml").write_text(V1.replace("scale_factor: 0.18215", "scale_factor: 0.5"), encoding="utf-8")
     assert checkpoint.load(path, tokenizer=shared / "clip_tokenizer").latent_scale == 0.5
 
 
@@ -291,7 +291,7 @@ def test_the_original_yaml_is_understood(single, shared):
 def test_another_yaml_is_named(tmp_path, old, new):
     """Each entry that makes another model of the same shapes stops the load, and is named with the file."""
     assert old in V1
-    (tmp_path / "model.yaml").write_text(V1.replace(old, new))
+    (tmp_path / "model.yaml").write_text(V1.replace(old, new), encoding="utf-8")
     with pytest.raises(ValueError, match="model.yaml has ") as error:
         ldm_yaml.latent_scale(tmp_path / "model.yaml")
     assert new.partition(":")[0].split()[0] in str(error.value) or "layer 'penultimate'" in str(error.value)
@@ -302,7 +302,7 @@ def test_the_yaml_of_a_v_model_stops_the_load(single, shared):
     path = single()
     text = 'model:\n  target: ldm.models.diffusion.ddpm.LatentDiffusion\n  params:\n    parameterization: "v"\n    linear_start: 0.00085\n'
     for ending in (".yaml", ".yml", ".safetensors.yaml"):
-        path.with_suffix(ending).write_text(text)
+        path.with_suffix(ending).write_text(text, encoding="utf-8")
         assert "model.params.parameterization 'v'" in refusal(path, shared)
         path.with_suffix(ending).unlink()
 

@@ -96,7 +96,7 @@ def test_nothing_is_run(tmp_path, monkeypatch, act):
 def test_a_class_with_side_effects_is_only_stood_in_for(tmp_path):
     """A name that torch does not know becomes an empty class: importing the real module, or calling it, would be
     seen."""
-    (tmp_path / "sidemodule.py").write_text("open('imported', 'w')\ndef call(*_): open('called', 'w')\n")
+    (tmp_path / "sidemodule.py").write_text("open('imported', 'w')\ndef call(*_): open('called', 'w')\n", encoding="utf-8")
     code = ("import sys, torch; sys.path.insert(0, '.'); import sidemodule\n"
             "class Act:\n    def __reduce__(self): return sidemodule.call, (1,)\n"
             "torch.save({'state_dict': {'a': torch.ones(2)}, 'x': Act()}, 'a.ckpt')")  # fmt: skip

@@ -105,7 +105,7 @@ def test_one_table_of_samplers():
     import subprocess
     import sys
     code = "import sys; from lesion.sd.samplers import SAMPLERS; print(*SAMPLERS, 'torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.split() == [*samplers.SAMPLERS, "False"]
     with pytest.raises(ValueError, match="no sampler 'euler': allowed are ddim, ddpm, dpmpp"):
         pipeline.draw(types.SimpleNamespace(), torch.zeros(1, 77, 8), torch.zeros(1, 77, 8), [0], 64, "euler")

@@ -43,11 +43,11 @@ def resize(folder, rows):
     key = "text_model.embeddings.token_embedding.weight"
     table = tensors[key]
     tensors[key] = torch.cat([table, torch.randn(max(0, rows - len(table)), table.shape[1])])[:rows].contiguous()
-    config = json.loads((folder / "text_encoder" / "config.json").read_text()) | {"vocab_size": rows}
+    config = json.loads((folder / "text_encoder" / "config.json").read_text(encoding="utf-8")) | {"vocab_size": rows}
     for file in (TEXT, "text_encoder/config.json"):
         (folder / file).unlink()
     save_file(tensors, folder / TEXT)
-    (folder / "text_encoder" / "config.json").write_text(json.dumps(config))
+    (folder / "text_encoder" / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def test_tokenizer_json_alone(folder):
@@ -118,7 +118,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_vocabularies(vocabulary, damage):
     """Each ends in one line that names the folder or file: no traceback, and no picture from half a vocabulary."""
-    (vocabulary / "added_tokens.json").write_text("{}")
+    (vocabulary / "added_tokens.json").write_text("{}", encoding="utf-8")
     check_vocabulary(vocabulary, 668)
     DAMAGES[damage](vocabulary)
     with pytest.raises(ValueError, match="tokenizer") as error:

@@ -40,7 +40,7 @@ def test_quick_run_goes_on_and_prints_its_tables(tmp_path, capsys):
     out = tmp_path / "cells.jsonl"
     simulate.main(["--quick", "--out", str(out), "--seconds", "0"])
     simulate.main(["--quick", "--out", str(out)])
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [row["cell"] for row in rows] == [asdict(cell) for cell in simulate.grid(quick=True)]
     assert simulate.run(Cell(**rows[0]["cell"])) == rows[0]["found"]
     said = capsys.readouterr().out

@@ -70,7 +70,7 @@ def test_no_state_yet(tmp_path):
     said = []
     assert load_checkpoint(tmp_path, *run(), said.append) == Progress()
     assert said == []
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n', encoding="utf-8")
     assert load_checkpoint(tmp_path, *run(), said.append) == Progress()
     assert len(said) == 1
     assert "has no saved state, only 2 rows of its log: it begins again at step 0" in said[0]

@@ -100,12 +100,12 @@ def test_what_one_process_sees_stops_all(tiny, data, tmp_path, what, code, step)
     """A loss that is not finite, or a signal, in process 1 alone: both processes leave at the same step with one line and the same exit
     code, long before any time-out; the state is the last good one, or that of the step where the signal was taken."""
     import time
-    (tmp_path / "stops.py").write_text(STOPS)
+    (tmp_path / "stops.py").write_text(STOPS, encoding="utf-8")
     arguments = ["--phase", 1, "--base", tiny / "folder", "--data", data, "--steps", 100, "--rank", 2, "--sample-count", 0,
                  "--batch-size", 1, "--resolution", 64, "--checkpoint-every", 4, "--out", tmp_path / "run"]
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "stops.py"),
-                           what, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=240,
+                           what, *map(str, arguments)], cwd=ROOT, capture_output=True, encoding="utf-8", timeout=240,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert done.returncode != 0
     assert time.monotonic() - began < 200

@@ -245,7 +245,7 @@ def test_the_organisers_command_works_from_anywhere(site, tmp_path):
     command = html.unescape(re.search(r"<code>(.*?)</code>", site.client.get("/organiser").text)[1])
     python, script, flag, folder = shlex.split(command)
     assert (flag, folder) == ("--study", str(site.folder.resolve()))
-    done = subprocess.run([python, script, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([python, script, "--help"], cwd=tmp_path, capture_output=True, encoding="utf-8")
     assert done.returncode == 0
     assert "--study" in done.stdout
 
