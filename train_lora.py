@@ -8,6 +8,7 @@ The loop is in `train`, top to bottom; every random number in it is keyed by (se
 Many GPUs: torchrun --nproc-per-node N train_lora.py ...
 """
 import os
+import shlex
 from pathlib import Path
 
 from lesion.run import cli, files, folders, lock, sums
@@ -23,6 +24,7 @@ def parse(argv=None):
     group.add_argument("--phase", type=int, choices=(1, 2), default=2, help="1: U-Net; 2: U-Net and text encoder, from phase 1's LoRA")
     group.add_argument("--base", help="folder, .safetensors file or hub id; default: SD 1.5, for the demo set the built-in mini")
     group.add_argument("--tokenizer", type=Path, help="folder with vocab.json and merges.txt, for a single-file base")
+    group.add_argument("--vae", help="another VAE, or one for a base without: folder, .safetensors file or hub id")
     group.add_argument("--data", type=Path, help="prepared data set; default: data/isic2024 if it is there, else the demo set")
     group.add_argument("--label", default="malignant", help="class to learn")
     group.add_argument("--out", type=Path, help="run folder; default: runs/<label>-phase<n>")
@@ -118,7 +120,9 @@ def train(flags: dict, out: Path, resume: bool, stop: cli.Stop) -> None:
         return lambda items, **more: cli.progress(items, **{**more, "desc": text, "unit": "tile", "disable": not first_rank})
     tiles, held_out = setup.tiles_of_class(recipe, say, progress("tiles"))
     sums.require(recipe.data, [row["file_name"] for row in tiles.rows + held_out.rows])
-    sd = checkpoint.load(recipe.base, device, devices.DTYPES[recipe.precision], recipe.tokenizer)
+    sd = checkpoint.load(recipe.base, device, devices.DTYPES[recipe.precision], recipe.tokenizer, recipe.vae)
+    for note in sd.notes:
+        say(f"note: {note}")
     seen = train_files(recipe.data, tiles.rows)
     earlier = files.read_json(out / "args.json") if resume and (out / "args.json").is_file() else None
     record = setup.record_of(recipe, sd, seen, earlier)
@@ -231,9 +235,11 @@ def train(flags: dict, out: Path, resume: bool, stop: cli.Stop) -> None:
         watch.loss_curve(out / "metrics.jsonl", out / "loss.png")
         watch.before_and_after(out / "samples", recipe.steps)
         sums.write(out, but=("timing.jsonl",))  # times differ from run to run, the sums shall not
+        following = shlex.join(["python", "generate.py", "--lora", str(out / "lora.safetensors"), "--base", recipe.base,
+                                "--prompts-from", str(recipe.data), "--count", "16"])
         say(f"LoRA: {out / 'lora.safetensors'}\nloss: {out / 'loss.png'}\n"
             f"before and after: {out / 'samples' / 'before-after.png'}\n"
-            f"next: python generate.py --lora {out / 'lora.safetensors'} --base {recipe.base} --prompts-from {recipe.data} --count 16")
+            f"next: {following}")
 
 
 if __name__ == "__main__":

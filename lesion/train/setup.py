@@ -25,6 +25,7 @@ class Recipe:
     phase: int
     base: str
     tokenizer: Path | None
+    vae: str | None
     data: Path
     label: str
     init_lora: str | None

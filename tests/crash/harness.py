@@ -60,7 +60,7 @@ class World:
             log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             for number in (1, 2):
                 os.dup2(log, number)
-            sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))  # not pytest's
+            sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))  # not pytest's  # noqa: SIM115
             os.environ["SOURCE_DATE_EPOCH"] = "0"
             os.chdir(self.folder)
             calm()
