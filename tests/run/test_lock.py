@@ -85,10 +85,8 @@ def test_a_forked_child_does_not_hold_it(tmp_path):
         import os, sys, time
         from lesion.run import lock
         with lock.owner(sys.argv[1]):
-            child = os.fork()
-            if child == 0:
-                time.sleep(60)
-            print(child, flush=True)
+            if os.fork() == 0:
+                print(os.getpid(), flush=True)  # from the child: the fork is over, and what it inherited is closed
             time.sleep(60)
     """)
     parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], env=ENV, stdout=subprocess.PIPE, encoding="utf-8")
