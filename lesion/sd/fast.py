@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 UNFOLD_SIDE = 4  # maps up to 4x4 are unfolded: there a convolution is bound by reading its weight, which a matrix product does best
+SMALL = 10**5  # in * out of a network's largest layer: below (the built-in base), packing gains less than it costs to call
 OWN_ATTENTION = 2**20  # largest N * M of the own attention: beyond, its [heads, N, M] probabilities cost more than they save
 SPARE_GIB = 3.3  # packed copies by default: all of SD 1.5's U-Net in both directions in bf16, in one in fp32
 SHARE_OF_FREE = 0.5  # and never more than this share of the memory that is free
@@ -119,6 +120,12 @@ def as_matrix(weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 1).flatten(1)
 
 
+def transposed(weight: Tensor) -> Tensor:
+    """[O,C,k,k] -> [C,O,k,k], both flipped: the kernel of a convolution's gradient. By way of one plain transpose, 4x faster."""
+    taps = as_matrix(weight).t().contiguous().unflatten(0, (weight[0, 0].numel(), -1)).flip(0)  # [k*k,C,O]
+    return taps.permute(1, 2, 0).unflatten(2, weight.shape[2:])
+
+
 def cols(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
     """Unfold (im2col): [B,C,H,W], channels last -> [B,h,w,k*k*C], the window under each output pixel."""
     x = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))
@@ -142,11 +149,16 @@ def uncols(grad: Tensor, kernel: int, stride: int, padding: int, side: tuple[int
 
 # ----------------------------------------------------------------------------------------------------------------- layers
 
+def _plainly(weight: Tensor) -> bool:
+    """Whether a layer's own class has to compute: the weight is trained, is not on the CPU, or autocast wants another dtype than its."""
+    return weight.requires_grad or weight.device.type != "cpu" or (
+        torch.is_autocast_enabled("cpu") and weight.dtype != torch.get_autocast_dtype("cpu"))
+
+
 class Frozen:
     """A linear or convolution with a weight that is not trained: y = layer(x), and x's gradient, never the weight's.
 
-    Forms are made at first use. They are made anew when the weight has become another tensor or has been written to (merging a LoRA),
-    and left aside for the plain layer where the weight is trained or stands on another device.
+    Forms are made at first use, and anew when the weight has become another tensor or has been written to (merging a LoRA).
     """
 
     def __init__(self, layer: nn.Linear | nn.Conv2d):
@@ -160,7 +172,7 @@ class Frozen:
 
     def __call__(self, x: Tensor) -> Tensor:
         layer, weight = self.layer, self.layer.weight
-        if weight.requires_grad or weight.device.type != "cpu" or x.numel() == 0:
+        if _plainly(weight):
             return F.linear(x, weight, layer.bias) if isinstance(layer, nn.Linear) else nn.Conv2d.forward(layer, x)
         x = x.to(weight.dtype)
         return _Frozen.apply(x, self) if torch.is_grad_enabled() and x.requires_grad else self.output(x)
@@ -201,8 +213,7 @@ class Frozen:
             return linear_form(weight.t(), None, True) if self.packed["backward"] else lambda grad: grad @ weight
         kernel, stride, padding = weight.shape[2], self.layer.stride, self.layer.padding
         if stride == (1, 1) and (self.packed["backward"] or kernel == 1):  # the transpose of a convolution is one with the flipped kernel
-            flipped = weight.flip(2, 3).transpose(0, 1) if kernel > 1 else weight.transpose(0, 1)
-            return convolution_form(flipped, None, stride, (kernel - 1 - padding[0],) * 2, side, self.packed["backward"])
+            return convolution_form(transposed(weight), None, stride, (kernel - 1 - padding[0],) * 2, side, self.packed["backward"])
         if max(side) <= 2 * UNFOLD_SIDE:
             matrix = as_matrix(weight)
             product = linear_form(matrix.t(), None, True) if self.packed["backward"] else lambda grad: grad @ matrix
@@ -238,7 +249,7 @@ class LoRA:
 
     def __call__(self, x: Tensor) -> Tensor:
         layer, weight = self.layer, self.layer.weight
-        if weight.requires_grad or weight.device.type != "cpu":
+        if _plainly(weight):
             return type(layer).forward(layer, x)
         if layer.merged_from is not None:
             return self.frozen(x)
@@ -371,19 +382,6 @@ def same_text(network: nn.Module) -> Iterator[None]:
             layer.kept = None
 
 
-class Network:
-    """A whole network: it computes in the dtype of its weights, so autocast has nothing to decide."""
-
-    def __init__(self, network: nn.Module):
-        self.network = network
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        dtype = next(self.network.parameters()).dtype
-        inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
-        with torch.autocast("cpu", enabled=False):
-            return type(self.network).forward(self.network, *inputs)
-
-
 # ------------------------------------------------------------------------------------------------------------ in one call
 
 def use(*networks: nn.Module, spare_gib: float | None = None) -> str:
@@ -393,8 +391,7 @@ def use(*networks: nn.Module, spare_gib: float | None = None) -> str:
     gradients'. Forgetting the second call costs speed only: an injected layer computes plainly until then. `plain` undoes it.
     """
     spare = int(min(SPARE_GIB * 2**30, SHARE_OF_FREE * free_bytes()) if spare_gib is None else spare_gib * 2**30)
-    layers = [module for network in networks for module in network.modules()
-              if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.device.type == "cpu" and not module.weight.requires_grad]
+    layers = [layer for network in networks for layer in _layers(network)]
     frozen, sizes = [_freeze(layer) for layer in layers], [layer.weight.numel() * layer.weight.element_size() for layer in layers]
     shares = []
     for direction in ("forward", "backward"):
@@ -409,18 +406,23 @@ def use(*networks: nn.Module, spare_gib: float | None = None) -> str:
         for module in network.modules():
             if all(hasattr(module, name) for name in ("to_q", "to_k", "to_v", "to_out", "heads")):
                 module.forward = Attention(module)
-        if "forward" in type(network).__dict__:  # the VAE has encode and decode instead
-            network.forward = Network(network)
     kinds = sorted({str(layer.weight.dtype).removeprefix("torch.") for layer in layers})
-    return f"fast CPU layers: {len(layers)} in {', '.join(kinds)}, packed {', '.join(shares)}"
+    return f"fast CPU layers: {len(layers)} in {', '.join(kinds)}, packed {', '.join(shares)}" if layers else "fast CPU attention only"
 
 
 def plain(*networks: nn.Module) -> None:
     """Undo `use`: every layer computes by its own class again."""
     for network in networks:
         for module in network.modules():
-            if isinstance(module.__dict__.get("forward"), Frozen | LoRA | Attention | Network):
+            if isinstance(module.__dict__.get("forward"), Frozen | LoRA | Attention):
                 del module.forward
+
+
+def _layers(network: nn.Module) -> list[nn.Linear | nn.Conv2d]:
+    """The network's frozen linears and convolutions on the CPU; none of a small network, where PyTorch's own are as fast."""
+    layers = [module for module in network.modules() if isinstance(module, nn.Linear | nn.Conv2d)
+              and module.weight.device.type == "cpu" and not module.weight.requires_grad]
+    return layers if max((layer.weight.shape[0] * layer.weight.shape[1] for layer in layers), default=0) >= SMALL else []
 
 
 def _freeze(layer: nn.Linear | nn.Conv2d) -> Frozen:

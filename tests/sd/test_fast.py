@@ -13,6 +13,12 @@ from lesion.sd import blocks, checkpoint, fast, pipeline
 TOLERANCE = 1e-5  # relative, float32
 
 
+@pytest.fixture(autouse=True)
+def small_networks_too(monkeypatch):
+    """The tiny networks of these tests are below the size from which packing pays."""
+    monkeypatch.setattr(fast, "SMALL", 0)
+
+
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -216,11 +222,12 @@ def test_merging_is_noticed(tiny):
     assert same()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("when", ["before", "after", "twice"])
-def test_injection_before_or_after(tiny, when):
+def test_injection_before_or_after(tiny, when, dtype):
     """LoRA may be injected before `use`, or after it with or without a second call: the numbers are the plain ones."""
-    expected = step(networks(tiny))
-    sd = networks(tiny, targets=None)
+    expected = step(networks(tiny, dtype))
+    sd = networks(tiny, dtype, targets=None)
     if when != "before":
         fast.use(sd.unet, sd.text_encoder)
     for network in (sd.unet, sd.text_encoder):
@@ -229,7 +236,7 @@ def test_injection_before_or_after(tiny, when):
             nn.init.normal_(layer.lora_up.weight, std=0.1, generator=generator(6))
     if when != "after":
         fast.use(sd.unet, sd.text_encoder)
-    assert apart(step(sd), expected) < TOLERANCE
+    assert apart(step(sd), expected) < (TOLERANCE if dtype == torch.float32 else 0.1)
 
 
 def test_no_graph_below_the_first_lora_layer(tiny):
@@ -342,6 +349,26 @@ def test_copies_and_undoing(tiny):
     fast.plain(sd.unet, sd.text_encoder)
     assert not [path for path, module in sd.unet.named_modules() if "forward" in module.__dict__]
     assert apart(step(sd), expected) < TOLERANCE
+
+
+def test_small_networks_keep_their_layers(tiny, monkeypatch):
+    """Below SMALL only attention is swapped: there packing gains less than its calls cost."""
+    sd = networks(tiny)
+    monkeypatch.setattr(fast, "SMALL", 10**5)
+    assert "attention only" in fast.use(sd.unet)
+    assert {type(module.forward) for module in sd.unet.modules() if "forward" in module.__dict__} == {fast.Attention}
+
+
+def test_autocast_over_float32_weights(tiny):
+    """Where autocast asks for another dtype than the weights', the plain layers obey it."""
+    sd, plain = networks(tiny), networks(tiny)
+    fast.use(sd.unet)
+    x, timesteps, _ = inputs()
+    context = torch.randn(3, 77, sd.unet.config.cross_attention_dim, generator=generator(4))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found, expected = sd.unet(x, timesteps, context), plain.unet(x, timesteps, context)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    assert distance(found, expected) < 0.02
 
 
 def test_memory_is_shared_out_in_order(tiny):
