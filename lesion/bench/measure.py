@@ -32,6 +32,7 @@ def parse(argv: list[str]):
     parser.add_argument("--steps", type=cli.number(int, low=1), default=8, help="measured steps (generate: sampling steps)")
     parser.add_argument("--warmup", type=cli.number(int, low=1), default=2, help="steps before the clock counts")
     parser.add_argument("--plain", action="store_true", help="on a CPU: the plain layers, not those of lesion/sd/fast.py")
+    parser.add_argument("--memory-gib", type=cli.number(float, low=0.1), help="as train_lora.py's")
     parser.add_argument("--parts", action="store_true", help="train: also the update alone (one more fence a step)")
     parser.add_argument("--peer", help=f"also run a peer, taking turns: {PEERS}")
     parser.add_argument("--peer-precision", choices=("fp16", "bf16", "fp32"), help="the peer's, if it is not ours")
@@ -58,7 +59,8 @@ def main(argv: list[str]) -> None:
     if args.what == "recipe":
         print_recipe(args, device)
         return
-    rows = [measure(one, device) for one in sweep(args)]
+    several = sweep(args)
+    rows = [measure(one, device) if len(several) == 1 or args.peer else in_a_process(one) for one in several]
     if rows != [None]:
         print(json.dumps(rows[0] if len(rows) == 1 else {"bench": args.what, "rows": rows}))
 
@@ -68,6 +70,17 @@ def sweep(args) -> list:
     import argparse
     return [argparse.Namespace(**{**vars(args), "batch_size": batch, "precision": precision})
             for precision in args.precision for batch in args.batch_size]
+
+
+def in_a_process(args) -> dict:
+    """One row of a sweep from a fresh process, so that its peak memory is its own."""
+    command = [sys.executable, "-m", "lesion", "bench", *side_flags(args, args.precision), "--warmup", str(args.warmup)]
+    done = subprocess.run([*command, *(["--parts"] if args.parts else [])], cwd=folders.ROOT, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    if done.returncode:
+        raise ValueError(f"this row failed: {' '.join(command)}")
+    *shown, last = done.stdout.splitlines()
+    print(f"batch {args.batch_size}, {args.precision}", *shown, sep="\n")
+    return json.loads(last)
 
 
 def measure(args, device) -> dict | None:
@@ -165,7 +178,7 @@ def compare(args) -> dict:
 def side_flags(args, precision: str) -> list[str]:
     """The flags of one side's process."""
     given = {"base": args.base, "tokenizer": args.tokenizer, "phase": args.phase, "batch-size": args.batch_size, "rank": args.rank,
-             "resolution": args.resolution, "precision": precision, "steps": args.steps, "device": args.device}
+             "resolution": args.resolution, "precision": precision, "steps": args.steps, "device": args.device, "memory-gib": args.memory_gib}
     flags = [str(part) for name, value in given.items() if value is not None for part in (f"--{name}", value)]
     return [args.what, *flags, *(["--plain"] if args.plain else [])]
 

@@ -60,7 +60,7 @@ def networks(base: str, device: torch.device, precision: str, tokenizer=None) ->
 def hasten(args, device: torch.device, sd: StableDiffusion) -> None:
     """The faster layers, as the scripts use them on a CPU unless told --plain."""
     if device.type == "cpu" and not args.plain:
-        fast.use(sd.unet, sd.text_encoder, sd.vae)
+        fast.use(sd.unet, sd.text_encoder, sd.vae, memory_gib=args.memory_gib)
 
 
 def training_step(args, device: torch.device) -> Callable[[], dict[str, float]]:

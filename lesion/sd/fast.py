@@ -24,10 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 UNFOLD_SIDE = 4  # maps up to 4x4 are unfolded: there a convolution is bound by reading its weight, which a matrix product does best
+TURNED_ROWS = 64  # unpacked float32 products of up to so many rows are computed as (W x^T)^T: up to twice as fast
 SMALL = 10**5  # in * out of a network's largest layer: below (the built-in base), packing gains less than it costs to call
 OWN_ATTENTION = 2**20  # largest N * M of the own attention: beyond, its [heads, N, M] probabilities cost more than they save
-SPARE_GIB = 3.3  # packed copies by default: all of SD 1.5's U-Net in both directions in bf16, in one in fp32
-SHARE_OF_FREE = 0.5  # and never more than this share of the memory that is free
+WEIGHTS_GIB = 6.8  # weights and packed copies together: SD 1.5 in bf16 in both directions, in fp32 in one
+SHARE_OF_FREE = 0.5  # and packed copies take no more than this share of the memory that is free
 
 
 # --------------------------------------------------------------------------------------------------- what this machine has
@@ -98,7 +99,15 @@ def linear_form(weight: Tensor, bias: Tensor | None, pack: bool) -> Callable:
     """x [..., in] -> x W^T + b [..., out]; weight [out,in]."""
     if pack and packs("linear", weight.dtype):
         return _packed_linear(weight, bias)
-    return lambda x: F.linear(x, weight, bias)
+
+    def unpacked(x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        if x.dtype != torch.float32 or len(rows) > TURNED_ROWS:
+            return F.linear(x, weight, bias)
+        more = max(16 - len(rows), 0)  # a product with 4 columns takes three times as long as one with 16
+        out = (weight @ F.pad(rows, (0, 0, 0, more)).t()).t()[:len(rows)].contiguous()
+        return (out if bias is None else out.add_(bias)).view(*x.shape[:-1], -1)
+    return unpacked
 
 
 def convolution_form(weight: Tensor, bias: Tensor | None, stride, padding, side: tuple[int, int], pack: bool) -> Callable:
@@ -210,13 +219,13 @@ class Frozen:
 
     def _backward(self, weight: Tensor, bias: Tensor | None, side: tuple[int, ...]) -> Callable:
         if not side:
-            return linear_form(weight.t(), None, True) if self.packed["backward"] else lambda grad: grad @ weight
+            return linear_form(weight.t(), None, self.packed["backward"])
         kernel, stride, padding = weight.shape[2], self.layer.stride, self.layer.padding
         if stride == (1, 1) and (self.packed["backward"] or kernel == 1):  # the transpose of a convolution is one with the flipped kernel
             return convolution_form(transposed(weight), None, stride, (kernel - 1 - padding[0],) * 2, side, self.packed["backward"])
         if max(side) <= 2 * UNFOLD_SIDE:
             matrix = as_matrix(weight)
-            product = linear_form(matrix.t(), None, True) if self.packed["backward"] else lambda grad: grad @ matrix
+            product = linear_form(matrix.t(), None, self.packed["backward"])
             return lambda grad: uncols(product(grad.permute(0, 2, 3, 1)), kernel, stride[0], padding[0], side)
 
         def plain(grad: Tensor) -> Tensor:
@@ -384,29 +393,30 @@ def same_text(network: nn.Module) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------------------------------ in one call
 
-def use(*networks: nn.Module, spare_gib: float | None = None) -> str:
+def use(*networks: nn.Module, memory_gib: float | None = None, spare_gib: float | None = None) -> str:
     """Make loaded, frozen networks on the CPU fast, in place; returns in a few words what was chosen. Call it again after injecting LoRA.
 
-    spare_gib: memory for packed copies; by default SPARE_GIB or SHARE_OF_FREE of what is free, the smaller. Forward forms come first, then
-    gradients'. Forgetting the second call costs speed only: an injected layer computes plainly until then. `plain` undoes it.
+    memory_gib: for weights and packed copies together (default WEIGHTS_GIB); packed copies take no more than SHARE_OF_FREE of what is free
+    either. spare_gib: for packed copies alone, instead of both.
+    Gradients' forms are for a network with something to train. Small layers come first: they see the largest maps and gain most a byte.
+    Forgetting the second call costs speed only: an injected layer computes plainly until then. `plain` undoes it.
     """
-    spare = int(min(SPARE_GIB * 2**30, SHARE_OF_FREE * free_bytes()) if spare_gib is None else spare_gib * 2**30)
-    layers = [layer for network in networks for layer in _layers(network)]
-    frozen, sizes = [_freeze(layer) for layer in layers], [layer.weight.numel() * layer.weight.element_size() for layer in layers]
-    shares = []
-    for direction in ("forward", "backward"):
-        packed = 0
-        for one, size in zip(frozen, sizes):
-            fits = packed + size <= spare
+    layers = [(layer, any(p.requires_grad for p in network.parameters())) for network in networks for layer in _layers(network)]
+    frozen, sizes = [_freeze(layer) for layer, _ in layers], [layer.weight.numel() * layer.weight.element_size() for layer, _ in layers]
+    spare = int(min((memory_gib or WEIGHTS_GIB) * 2**30 - sum(sizes), SHARE_OF_FREE * free_bytes()) if spare_gib is None else spare_gib * 2**30)
+    packed, wanted = {"forward": 0, "backward": 0}, {"forward": 0, "backward": 0}
+    for size, one, trained in sorted(zip(sizes, frozen, (trained for _, trained in layers)), key=lambda each: each[0]):
+        for direction in packed:
+            needed = trained or direction == "forward"
+            fits = needed and sum(packed.values()) + size <= spare
             one.pack(direction, fits)
-            packed += size * fits
-        spare -= packed
-        shares.append(f"{packed / max(sum(sizes), 1):.0%} {direction}")
+            packed[direction], wanted[direction] = packed[direction] + size * fits, wanted[direction] + size * needed
+    shares = [f"{packed[direction] / wanted[direction]:.0%} {direction}" for direction in packed if wanted[direction]]
     for network in networks:
         for module in network.modules():
             if all(hasattr(module, name) for name in ("to_q", "to_k", "to_v", "to_out", "heads")):
                 module.forward = Attention(module)
-    kinds = sorted({str(layer.weight.dtype).removeprefix("torch.") for layer in layers})
+    kinds = sorted({str(layer.weight.dtype).removeprefix("torch.") for layer, _ in layers})
     return f"fast CPU layers: {len(layers)} in {', '.join(kinds)}, packed {', '.join(shares)}" if layers else "fast CPU attention only"
 
 

@@ -59,6 +59,7 @@ class Recipe:
     sample_steps: int
     device: str
     plain: bool
+    memory_gib: float | None
 
     @classmethod
     def of_flags(cls, flags: dict, device: torch.device) -> "Recipe":

@@ -122,4 +122,4 @@ def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, param
 
 def adamw(groups: list[dict], lr: float, weight_decay: float) -> torch.optim.AdamW:
     """The optimizer of both phases: decoupled weight decay (arXiv:1711.05101, algorithm 2), betas .9 and .999."""
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, fused=True)

@@ -37,14 +37,14 @@ def networks(tiny, dtype=torch.float32, targets="attention"):
     return sd
 
 
-def inputs(batch=3, side=16):
-    g = generator(3)
+def inputs(batch=3, side=16, seed=3):
+    g = generator(seed)
     return torch.randn(batch, 4, side, side, generator=g), torch.arange(batch) * 300 + 17, torch.randint(49408, (batch, 77), generator=g)
 
 
-def step(sd, batch=3, side=16):
+def step(sd, batch=3, side=16, seed=3):
     """{"noise_pred": output, "<path>.down": gradient, ...} of one training step over both networks."""
-    x, timesteps, token_ids = inputs(batch, side)
+    x, timesteps, token_ids = inputs(batch, side, seed)
     dtype = sd.unet.conv_in.weight.dtype
     half, x = dtype == torch.bfloat16, x.to(torch.promote_types(dtype, torch.float32))
     with torch.autocast("cpu", torch.bfloat16) if half else contextlib.nullcontext():
@@ -120,17 +120,24 @@ def test_encoder_and_decoder_equal_plain(tiny):
         assert distance(one, other) < TOLERANCE
 
 
-def test_bf16_is_no_further_from_fp32_than_stock(tiny, reference):
-    """In bf16 the output and the gradients differ from float32's by no more than the plain network's under autocast do."""
-    targets, exact = reference
+@pytest.mark.parametrize("targets", ["attention", "all"])
+def test_bf16_is_no_further_from_fp32_than_stock(tiny, targets):
+    """In bf16 output and gradients differ from double precision's by no more than the plain network's under autocast do.
+
+    Over four draws: which single gradient is worst is luck (either path's worst is up to twice the other's), their distribution is not.
+    """
     stock, sd = networks(tiny, torch.bfloat16, targets), networks(tiny, torch.bfloat16, targets)
     fast.use(sd.unet, sd.text_encoder)
-    stock, found = step(stock), step(sd)
-    errors = [sorted(distance(one[key], exact[key]) for key in exact) for one in (found, stock)]
-    assert distance(found["noise_pred"], exact["noise_pred"]) < 1.2 * distance(stock["noise_pred"], exact["noise_pred"]) + 1e-3
-    middle = len(exact) // 2
-    assert errors[0][middle] < 1.2 * errors[1][middle]
-    assert errors[0][-1] < 1.5 * errors[1][-1]
+    errors: tuple[list, list] = ([], [])
+    for seed in range(4):
+        exact, found = in_float64(tiny, targets, seed=seed), step(sd, seed=seed)
+        for one, kept in ((found, errors[0]), (step(stock, seed=seed), errors[1])):
+            kept.append([distance(one["noise_pred"], exact["noise_pred"]), apart(one, exact), *(distance(one[key], exact[key]) for key in exact)])
+    ours, theirs = (torch.tensor(kept) for kept in errors)
+    assert ours[:, 0].mean() < 1.1 * theirs[:, 0].mean()
+    assert ours[:, 1].mean() < 1.1 * theirs[:, 1].mean()
+    for share in (0.5, 0.9, 0.98):
+        assert ours[:, 2:].quantile(share) < 1.15 * theirs[:, 2:].quantile(share), share
     assert {value.dtype for key, value in found.items() if key != "noise_pred"} == {torch.float32}
 
 
@@ -372,10 +379,15 @@ def test_autocast_over_float32_weights(tiny):
 
 
 def test_memory_is_shared_out_in_order(tiny):
-    """Forward forms come first; with nothing to spare nothing is packed, and the answer says so; a group's limit counts as memory."""
+    """Small layers come first, in both directions; with nothing to spare nothing is packed; a network that learns nothing packs no gradient."""
     sd = networks(tiny)
     assert "100% forward, 100% backward" in fast.use(sd.unet, spare_gib=1.0)
     assert "0% forward, 0% backward" in fast.use(sd.unet, spare_gib=0.0)
-    size = sum(m.weight.numel() * 4 for m in sd.unet.modules() if isinstance(m, nn.Linear | nn.Conv2d) and not m.weight.requires_grad)
-    assert "100% forward, 0% backward" in fast.use(sd.unet, spare_gib=size / 2**30)
+    frozen = [m for m in sd.unet.modules() if isinstance(m, nn.Linear | nn.Conv2d) and not m.weight.requires_grad]
+    size = sum(m.weight.numel() * 4 for m in frozen)
+    fast.use(sd.unet, spare_gib=size / 2**30)  # as much as one of the two directions takes
+    smallest, largest = (f(frozen, key=lambda m: m.weight.numel()).forward for f in (min, max))
+    smallest, largest = (one.frozen if isinstance(one, fast.LoRA) else one for one in (smallest, largest))
+    assert smallest.packed == {"forward": True, "backward": True} and largest.packed == {"forward": False, "backward": False}
+    assert "backward" not in fast.use(networks(tiny, targets=None).unet)
     assert fast.free_bytes() > 0
