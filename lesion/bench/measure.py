@@ -75,7 +75,8 @@ def sweep(args) -> list:
 def in_a_process(args) -> dict:
     """One row of a sweep from a fresh process, so that its peak memory is its own."""
     command = [sys.executable, "-m", "lesion", "bench", *side_flags(args, args.precision), "--warmup", str(args.warmup)]
-    done = subprocess.run([*command, *(["--parts"] if args.parts else [])], cwd=folders.ROOT, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    command += ["--parts"] if args.parts else []
+    done = subprocess.run(command, cwd=folders.ROOT, stdout=subprocess.PIPE, text=True, encoding="utf-8")
     if done.returncode:
         raise ValueError(f"this row failed: {' '.join(command)}")
     *shown, last = done.stdout.splitlines()
@@ -178,7 +179,8 @@ def compare(args) -> dict:
 def side_flags(args, precision: str) -> list[str]:
     """The flags of one side's process."""
     given = {"base": args.base, "tokenizer": args.tokenizer, "phase": args.phase, "batch-size": args.batch_size, "rank": args.rank,
-             "resolution": args.resolution, "precision": precision, "steps": args.steps, "device": args.device, "memory-gib": args.memory_gib}
+             "resolution": args.resolution, "precision": precision, "steps": args.steps, "device": args.device,
+             "memory-gib": args.memory_gib}
     flags = [str(part) for name, value in given.items() if value is not None for part in (f"--{name}", value)]
     return [args.what, *flags, *(["--plain"] if args.plain else [])]
 

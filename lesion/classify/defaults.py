@@ -7,7 +7,7 @@ from pathlib import Path
 from lesion.run import files, folders
 
 STUDY = {"arch": "resnet50", "weights": "imagenet", "image_size": 128, "epochs": 12, "seeds": 5}  # for SD 1.5
-SMALL = {"arch": "resnet18", "weights": "none", "image_size": 64, "epochs": 4, "seeds": 2}        # for mini: minutes on a CPU
+SMALL = {"arch": "resnet18", "weights": "none", "image_size": 64, "epochs": 4, "seeds": 1}        # for mini: minutes on a CPU
 
 
 def fill(args) -> list[str]:

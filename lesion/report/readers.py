@@ -18,8 +18,8 @@ METHOD = (
     "on a scale from 1, surely synthetic, to 6, surely real; 4 and above counts as real.",
     "d' is the distance between real and synthetic in standard deviations, c the lean to say synthetic (Green & "
     "Swets 1966, log-linear correction of Hautus 1995). The pooled rows hold for other readers and other tiles alike "
-    "(Obuchowski & Rockette 1995, degrees of freedom of Hillis 2007), shares and areas on the logit scale; two readers "
-    "are too few for an interval. A reader's p is the exact binomial, two-sided, "
+    "(Obuchowski & Rockette 1995, degrees of freedom of Hillis 2007), shares and areas on the logit scale; under "
+    f"{reader_study.LEAST} readers are too few for an interval. A reader's p is the exact binomial, two-sided, "
     "corrected over readers by Holm.",
     "That readers \"could not tell\" is said only where two one-sided tests find d' within the margin: a missing "
     "difference is not equivalence.",
@@ -97,7 +97,7 @@ def _pooled(results: dict) -> dict:
                      page.interval(row, "estimate", 2), number(row["df"], 1), number(row["reader_sd"], 2)])
     same = results["equivalence"]
     rows.append([f"d' within ±{same['margin']:g} (TOST)", f"p = {p_value(same['p'])}", "", ""])
-    said = "two readers are too few for an interval" if same["power"] is None else \
+    said = f"under {reader_study.LEAST} readers are too few for an interval" if same["power"] is None else \
         f"if d' were 0, a study like this would show equivalence with a chance of {same['power']:.0%}"
     return table(f"All readers: mean and 95 % interval for other readers and other tiles; {said}.",
                  ["figure", "estimate", "degrees of freedom", "sd between readers"], rows)

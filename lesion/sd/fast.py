@@ -403,7 +403,8 @@ def use(*networks: nn.Module, memory_gib: float | None = None, spare_gib: float 
     """
     layers = [(layer, any(p.requires_grad for p in network.parameters())) for network in networks for layer in _layers(network)]
     frozen, sizes = [_freeze(layer) for layer, _ in layers], [layer.weight.numel() * layer.weight.element_size() for layer, _ in layers]
-    spare = int(min((memory_gib or WEIGHTS_GIB) * 2**30 - sum(sizes), SHARE_OF_FREE * free_bytes()) if spare_gib is None else spare_gib * 2**30)
+    spare = spare_gib * 2**30 if spare_gib is not None else \
+        min((memory_gib or WEIGHTS_GIB) * 2**30 - sum(sizes), SHARE_OF_FREE * free_bytes())
     packed, wanted = {"forward": 0, "backward": 0}, {"forward": 0, "backward": 0}
     for size, one, trained in sorted(zip(sizes, frozen, (trained for _, trained in layers)), key=lambda each: each[0]):
         for direction in packed:

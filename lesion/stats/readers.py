@@ -24,7 +24,7 @@ SPANS = {"d_prime": "line", "criterion": "line"}  # of the pooled figures; the o
 COUNTS = ("hits", "signals", "false_alarms", "noises")
 PUBLISHED = (133, 200, 101, 200)  # the seed study: 133 real and 99 synthetic tiles right
 MIN_TILES = 5  # of each class, or a reader has no figures
-LEAST = 3      # readers from which their spread gives an interval for others; one reader is judged alone
+LEAST = 5      # readers from which their spread gives an interval for others (docs/PROTOCOL.md); one reader is judged alone
 HASTY = 1.0    # seconds a tile (median) under which a reader can hardly have looked
 
 
@@ -98,8 +98,8 @@ def pool(figures: np.ndarray, without: np.ndarray, is_real: np.ndarray, span: st
     within the class. Var, Cov2 = means of S on and off its diagonal, MS(R) = variance of theta_r, raised to Var - Cov2
     where it falls short (readers who vary less than their tiles alone would make them);
     var(mean) = (MS(R) + R max(Cov2, 0)) / R, df = (MS(R) + R max(Cov2, 0))^2 / (MS(R)^2 / (R - 1)).
-    With one reader the variance over tiles is all there is: the interval then holds for that reader only. With two there
-    is none. span: where the figure lies, "line" (d', c), "share" (0..1: the interval is made on the logit scale) or
+    With one reader the variance over tiles is all there is: the interval then holds for that reader only. With two to four
+    there is none. span: where the figure lies, "line" (d', c), "share" (0..1: the interval is made on the logit scale) or
     "difference" (of shares: cut to -1..1), so that no interval leaves it.
     """
     readers = len(figures)

@@ -38,7 +38,7 @@ COLUMNS = ("reader", "position", "tile", "class", "file_name", "rating", "malign
 # -------------------------------------------------------------------------------------------- making one
 
 def create(folder: Path, real: Path, synthetic: Path, count: int = 20, label: str = "malignant",
-           split: str = "held-out", resolution: int | None = None, readers: int = 3, seed: int | None = None,
+           split: str = "held-out", resolution: int | None = None, readers: int = 5, seed: int | None = None,
            allow_back: bool = False, question_malignancy: bool = False) -> dict:
     """Choose `count` tiles of each class and write a study folder; returns the study.
 

@@ -46,12 +46,12 @@ def words(blocks):
 
 def test_section_says_what_the_statistics_say(sets, tmp_path):
     """Answers on disk -> section: rates, d', kappa and verdict are those computed from the ratings directly."""
-    ratings = read_study(tmp_path / "s", sets, 3, 1.5)
+    ratings = read_study(tmp_path / "s", sets, 5, 1.5)
     blocks, results, _ = report_readers.build(tmp_path / "s")
     is_real = np.repeat([True, False], 12)
-    expected = reader_study.analyse(["reader-1", "reader-2", "reader-3"], ratings, is_real)
+    expected = reader_study.analyse([f"reader-{number}" for number in range(1, 6)], ratings, is_real)
     assert words(blocks)[0] == expected["verdict"]
-    assert "72 answers of 3 reader(s)" in words(blocks)[1]
+    assert "120 answers of 5 reader(s)" in words(blocks)[1]
     table = cells(blocks, "Each reader")
     for number, row in enumerate(expected["readers"]):
         line = table[f"reader-{number + 1}"]

@@ -132,7 +132,8 @@ def test_bf16_is_no_further_from_fp32_than_stock(tiny, targets):
     for seed in range(4):
         exact, found = in_float64(tiny, targets, seed=seed), step(sd, seed=seed)
         for one, kept in ((found, errors[0]), (step(stock, seed=seed), errors[1])):
-            kept.append([distance(one["noise_pred"], exact["noise_pred"]), apart(one, exact), *(distance(one[key], exact[key]) for key in exact)])
+            kept.append([distance(one["noise_pred"], exact["noise_pred"]), apart(one, exact),
+                         *(distance(one[key], exact[key]) for key in exact)])
     ours, theirs = (torch.tensor(kept) for kept in errors)
     assert ours[:, 0].mean() < 1.1 * theirs[:, 0].mean()
     assert ours[:, 1].mean() < 1.1 * theirs[:, 1].mean()
@@ -379,7 +380,7 @@ def test_autocast_over_float32_weights(tiny):
 
 
 def test_memory_is_shared_out_in_order(tiny):
-    """Small layers come first, in both directions; with nothing to spare nothing is packed; a network that learns nothing packs no gradient."""
+    """Small layers come first, in both directions; with nothing to spare nothing is packed; one that learns nothing packs no gradient."""
     sd = networks(tiny)
     assert "100% forward, 100% backward" in fast.use(sd.unet, spare_gib=1.0)
     assert "0% forward, 0% backward" in fast.use(sd.unet, spare_gib=0.0)
@@ -388,6 +389,7 @@ def test_memory_is_shared_out_in_order(tiny):
     fast.use(sd.unet, spare_gib=size / 2**30)  # as much as one of the two directions takes
     smallest, largest = (f(frozen, key=lambda m: m.weight.numel()).forward for f in (min, max))
     smallest, largest = (one.frozen if isinstance(one, fast.LoRA) else one for one in (smallest, largest))
-    assert smallest.packed == {"forward": True, "backward": True} and largest.packed == {"forward": False, "backward": False}
+    assert smallest.packed == {"forward": True, "backward": True}
+    assert largest.packed == {"forward": False, "backward": False}
     assert "backward" not in fast.use(networks(tiny, targets=None).unet)
     assert fast.free_bytes() > 0

@@ -123,8 +123,10 @@ def test_pooling_by_hand():
     assert np.isclose(pooled.df, (0.5 + 0.08) ** 2 / 0.5 ** 2)
     assert np.isclose(pooled.reader_sd, np.sqrt(0.5 - (0.05 - 0.04)))
     assert (pooled.low, pooled.high) == (None, None), "two readers are too few for an interval"
-    three = pool(np.array([1.0, 2.0, 4.0]), np.vstack([without, without[1] * 2]), np.array([True, True, False, False]))
-    assert np.isclose(three.high - three.estimate, stats.t.ppf(0.975, three.df) * three.se)
+    four = np.array([1.0, 2.0, 4.0, 3.0]), np.vstack([without, without[1] * 2, without[1] * 1.5])
+    assert pool(*four, np.array([True, True, False, False])).low is None, "nor are four: docs/PROTOCOL.md"
+    five = pool(np.append(four[0], 1.5), np.vstack([four[1], without[0] * 1.5]), np.array([True, True, False, False]))
+    assert np.isclose(five.high - five.estimate, stats.t.ppf(0.975, five.df) * five.se)
 
 
 def test_readers_who_vary_less_than_their_tiles():
@@ -146,7 +148,7 @@ def test_readers_who_vary_less_than_their_tiles():
 def test_no_interval_leaves_its_range():
     """Shares and areas lie in 0..1 whatever the error (symmetric intervals of -.88 to 2.01 were printed once), a
     difference of shares in -1..1; two readers have none, in the analysis too, and no verdict."""
-    figures, without = np.array([.5, .95, .99]), np.random.default_rng(0).uniform(.3, .99, (3, 10))
+    figures, without = np.array([.5, .95, .99, .6, .97]), np.random.default_rng(0).uniform(.3, .99, (5, 10))
     is_real = np.repeat([True, False], 5)
     line, share, difference = (pool(figures, without, is_real, span) for span in ("line", "share", "difference"))
     assert line.high > 1
@@ -267,8 +269,8 @@ def test_planned_power_grows_with_readers_and_tiles():
     (1.5, 5, 20, "told real from synthetic tiles better than by guessing"),
     (-1.5, 5, 20, "the wrong way round"),
     (0.0, 14, 60, "could not tell real from synthetic tiles"),
-    (0.1, 3, 10, "Undecided"),
-    (0.1, 2, 10, "No verdict"),
+    (0.1, 5, 10, "Undecided"),
+    (0.1, 4, 10, "No verdict"),
     (0.3, 20, 150, "less than the margin")])
 def test_the_verdict_says_what_the_figures_support(d, readers, count, words):
     """Able, inverted, unable, too small a study, able but barely: each is said so, and only equivalence says "could
@@ -347,11 +349,11 @@ def test_a_reader_who_cannot_have_looked_is_marked():
 
 def test_malignancy_is_compared_between_classes():
     """Shares called malignant, a reader and pooled, and the paired difference real minus synthetic."""
-    ratings, is_real = simulate(np.random.default_rng(10), 3, 20)
+    ratings, is_real = simulate(np.random.default_rng(10), 5, 20)
     malignant = np.zeros_like(ratings)
     malignant[:, :15] = 1  # 15 of 20 real
     malignant[:, 20:30] = 1  # 10 of 20 synthetic
-    found = reader_study.analyse(list("abc"), ratings, is_real, malignant)["malignancy"]
-    assert [(row["real"], row["synthetic"]) for row in found["readers"]] == [(0.75, 0.5)] * 3
+    found = reader_study.analyse(list("abcde"), ratings, is_real, malignant)["malignancy"]
+    assert [(row["real"], row["synthetic"]) for row in found["readers"]] == [(0.75, 0.5)] * 5
     assert np.isclose(found["difference"]["estimate"], 0.25)
     assert found["difference"]["low"] < 0.25 < found["difference"]["high"]
