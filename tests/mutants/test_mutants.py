@@ -1,6 +1,6 @@
 """The kept mistakes fit the code, cover every row of docs/AUDIT.md, and a few are planted here: their tests see them.
 
-All of them: `python tests/mutants/run.py` (two halves on two cores with `--part 1/2` and `--part 2/2`).
+All of them: `python tests/mutants/run.py`.
 """
 import re
 import sys
