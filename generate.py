@@ -249,7 +249,7 @@ def fill_from_newest_run(args) -> None:
             raise ValueError(f"{beside} is damaged: {key} is {run[key]!r}, expected text")
     if args.base is None and "base" not in run:
         raise ValueError(f"which base model? {args.lora[0][0]} does not stand in a run folder: give --base")
-    args.base = args.base or run["base"]
+    args.base = folders.named(args.base) or run["base"]
     args.tokenizer = args.tokenizer or (Path(run["tokenizer"]) if run.get("tokenizer") else None)
     args.vae = args.vae or run.get("vae")
     if args.prompt is None and not args.prompts_from:

@@ -19,18 +19,16 @@ COMMANDS = {
     "bench": ("lesion.bench.measure", "measure training and generation"),
     "tour": ("lesion.mini.tour", "the whole idea in minutes: demo tiles, LoRA, synthetic tiles, arms, report"),
 }
+HELP = "\n".join(["usage: python -m lesion COMMAND [flags]\n", *(f"  {name:10}{text}" for name, (_, text) in COMMANDS.items()),
+                  "\n`python -m lesion COMMAND --help` lists a command's flags. The scripts train_lora.py, generate.py, classify.py and "
+                  "evaluate.py stand beside this package."])
 
 
 def main() -> None:
+    """Print the list of commands, or run one."""
     arguments = sys.argv[1:]
-    if arguments[:1] == ["--version"]:
-        print(__version__)
-    elif not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: python -m lesion COMMAND [flags]\n")
-        for name, (_, text) in COMMANDS.items():
-            print(f"  {name:10}{text}")
-        print("\n`python -m lesion COMMAND --help` lists a command's flags. "
-              "The scripts train_lora.py, generate.py, classify.py and evaluate.py stand beside this package.")
+    if not arguments or arguments[0] in ("-h", "--help", "--version"):
+        cli.run(lambda: print(__version__ if arguments[:1] == ["--version"] else HELP), "lesion")
     elif arguments[0] not in COMMANDS:
         print(f"lesion: no command {arguments[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)

@@ -23,7 +23,7 @@ class Drawing:
 
     def __init__(self, base: str | Path | None = None, device: str = "auto", precision: str | None = None,
                  tokenizer: str | Path | None = None):
-        self.base = str(base or folders.MINI)
+        self.base = folders.named(str(base or folders.MINI))
         self.device = devices.device(device)
         self.precision = precision or folders.recipe_for(self.base)["precision"] or fast.default_precision(self.device)
         self.sd = checkpoint.load(self.base, self.device, devices.DTYPES[self.precision], tokenizer)

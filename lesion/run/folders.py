@@ -28,8 +28,7 @@ def default_inputs(data: Path | None, base: str | None) -> tuple[Path, str, str]
     if data is None:
         data = ISIC if (ISIC / files.MANIFEST).is_file() else DEMO
     demo = Path(data).resolve() == DEMO.resolve()
-    if base is None:
-        base = str(MINI) if demo else SD15
+    base = named(base) or (str(MINI) if demo else SD15)
     if base == str(MINI) and not (MINI / "unet").is_dir():
         raise ValueError("no data and no base model: give --data (see `python -m lesion prepare --help`) and --base "
                          f"(a folder, a .safetensors file or a hub id such as {SD15})")
@@ -37,6 +36,11 @@ def default_inputs(data: Path | None, base: str | None) -> tuple[Path, str, str]
     model = "the built-in base model `mini`" if base == str(MINI) else f"the base model {base}"
     hint = f" (the real thing: --data {ISIC} --base {SD15}; README, section \"The real recipe\")" if base == str(MINI) else ""
     return Path(data), base, f"{what}, {model}{hint}"
+
+
+def named(base: str | None) -> str | None:
+    """`mini` is the built-in base, unless a folder is called so; every other name stands."""
+    return str(MINI) if base == MINI.name and not Path(base).exists() else base
 
 
 def recipe_for(base: str) -> dict:

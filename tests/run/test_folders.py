@@ -55,6 +55,14 @@ def test_defaults_without_the_built_in_base(here, monkeypatch):
         folders.default_inputs(None, None)
 
 
+def test_mini_is_a_name(here):
+    """The built-in base by its name, unless a folder is called so; other names stand."""
+    assert folders.named("mini") == folders.default_inputs(None, "mini")[1] == str(folders.MINI)
+    assert (folders.named(None), folders.named("a/b")) == (None, "a/b")
+    (here / "mini").mkdir()
+    assert folders.named("mini") == "mini"
+
+
 def test_recipe_depends_on_the_base(here, mini):
     """The built-in base has its own steps, rate and guidance; what is given on the command line stays."""
     from types import SimpleNamespace
