@@ -1,9 +1,9 @@
-"""Runs a command of ours as on Windows: `python tests/windows.py train_lora.py --steps 2`, or a module such as lesion.web.label.
+"""Runs a command of ours as on Windows: `python tests/windows.py train_lora.py --steps 2`, or a module.
 
-For our own files only: no POSIX-only module, no POSIX-only call of os and signal, os.name "nt", sys.platform "win32", a msvcrt whose
-lock is a real one, and relative paths with backslashes. For everything at or below the working directory, whoever asks: an open
-file is neither renamed, replaced nor removed (a mapped one is not replaced or removed), no folder is opened or moved with an
-open file in it, no symbolic link is made, and no name holds <>:"|?* or ends in a dot or space.
+For our own files only: no POSIX-only module, no POSIX-only call of os and signal, os.name "nt", sys.platform "win32", a
+msvcrt whose lock is a real one, and relative paths with backslashes. For everything at or below the working directory,
+whoever asks: an open file is neither renamed, replaced nor removed (a mapped one is not replaced or removed), no folder
+is opened, or moved with an open file in it, no symbolic link is made, no name holds <>:"|?* or ends in a dot or space.
 """
 import builtins
 import importlib
@@ -19,11 +19,14 @@ import types
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ABSENT = {"fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "posix", "syslog", "readline"}
-CALLS = {"fork", "getuid", "geteuid", "getgid", "wait4", "mkfifo", "chown", "lchown", "setsid", "killpg", "sync", "nice", "getloadavg",
-         "register_at_fork", "sched_getaffinity", "SIGKILL", "SIGPIPE", "SIGHUP", "SIGUSR1", "SIGALRM", "alarm", "setitimer", "pause",
-         "O_DIRECTORY", "O_NOFOLLOW", "O_NONBLOCK", "fchmod", "fchown", "statvfs", "uname", "openpty"}
+CALLS = {"fork", "getuid", "geteuid", "getgid", "wait4", "mkfifo", "chown", "lchown", "setsid", "killpg", "sync",
+         "nice", "getloadavg", "register_at_fork", "sched_getaffinity", "SIGKILL", "SIGPIPE", "SIGHUP", "SIGUSR1",
+         "SIGALRM", "alarm", "setitimer", "pause", "O_DIRECTORY", "O_NOFOLLOW", "O_NONBLOCK", "fchmod", "fchown",
+         "statvfs",
+         "uname", "openpty"}
 HERE = {"name": "nt", "sep": "\\", "platform": "win32"}
-_frame, _import, _relative_to, _relpath = sys._getframe, builtins.__import__, pathlib.PurePath.relative_to, posixpath.relpath
+_frame, _import = sys._getframe, builtins.__import__
+_relative_to, _relpath = pathlib.PurePath.relative_to, posixpath.relpath
 
 
 def ours(depth: int) -> bool:
@@ -33,7 +36,7 @@ def ours(depth: int) -> bool:
 
 
 class Windows(types.ModuleType):
-    """os, signal and sys as our files see them (and, being sys's class, that of modules imported later, as they are)."""
+    """os, signal and sys as our files see them; modules imported later have sys's class too, and stay as they are."""
 
     def __getattribute__(self, name):
         if (name in CALLS or name in HERE) and (self is os or self is signal or self is sys) and ours(1):
@@ -80,8 +83,8 @@ class Files:
         self.folder, self.asking = folder, False
 
     def __call__(self, event, arguments):
-        rule = {"open": self.open, "os.rename": self.rename, "os.remove": self.remove, "os.rmdir": self.remove, "os.mkdir": self.name,
-                "os.symlink": self.link}.get(event)
+        rule = {"open": self.open, "os.rename": self.rename, "os.remove": self.remove, "os.rmdir": self.remove,
+                "os.mkdir": self.name, "os.symlink": self.link}.get(event)
         if rule is None or self.asking:
             return
         self.asking = True

@@ -64,7 +64,7 @@ def parse(argv: list[str]) -> Namespace:
 
 
 def main(argv: list[str]) -> None:
-    """Serve the labelling pages until ctrl-C or SIGTERM, or do the one thing a flag asks for. ValueError for what cannot be."""
+    """Serve the labelling pages until a signal, or do the one thing a flag asks for. ValueError for what cannot be."""
     args = parse(argv)
     with lock.owner(args.data, shared=True):
         files.sweep(args.data / "labels")

@@ -16,11 +16,11 @@ from lesion.web import label_adjudicate, label_export, server
 from lesion.web.label_desk import FILTERS, Desk, answers_of, centre_of, check_filter, png, state_of, take_answers
 from lesion.web.label_folder import MAX_COMMENT
 
-SWATCHES = {  # sRGB: skin in the middle of each group's range of ITA, and a lesion's colours as `color_names` tells them
-    "skin_tone": {"very light": "#d1b39f", "light": "#c6a18a", "intermediate": "#b99278", "tan": "#a98066", "brown": "#8b654c",
-                  "dark": "#634838"},
-    "color": {"white": "#e7dad3", "red": "#b45552", "light brown": "#b2815b", "dark brown": "#65402f", "blue-grey": "#495663",
-              "black": "#231e1d"}}
+SWATCHES = {  # sRGB: skin in the middle of each group's range of ITA, and a lesion's colours as `color_names` has them
+    "skin_tone": {"very light": "#d1b39f", "light": "#c6a18a", "intermediate": "#b99278", "tan": "#a98066",
+                  "brown": "#8b654c", "dark": "#634838"},
+    "color": {"white": "#e7dad3", "red": "#b45552", "light brown": "#b2815b", "dark brown": "#65402f",
+              "blue-grey": "#495663", "black": "#231e1d"}}
 SWATCHES["other_colors"] = SWATCHES["color"]
 KINDS = {"id": str, "filter": str, "active": str, "by": str, "text": str, "comment": str, "undo": str, "revision": int,
          "stay": bool, "accept": bool, "change": bool, "flagged": bool, "answers": dict}

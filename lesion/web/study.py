@@ -55,7 +55,7 @@ def parse(argv: list[str]) -> Namespace:
 
 
 def main(argv: list[str]) -> None:
-    """Make or open the study, then serve it until ctrl-C or SIGTERM. ValueError for what the folder or the flags do not allow."""
+    """Make or open the study, then serve it until a signal. ValueError for what folder or flags do not allow."""
     args = parse(argv)
     with lock.owner(args.folder):
         study(args)

@@ -411,15 +411,16 @@ def test_find_open_and_filter(browser, serve):
 
 def test_looking_closer_changes_nothing_but_the_view(browser, serve):
     """Brightness and contrast act on the picture and are plain again on the next tile; a line dragged over a third of the
-    tile reads 5.0 mm, also zoomed; rings stand about the measured centre; a swatch stands beside each skin tone and each colour."""
+    tile reads 5.0 mm, also zoomed; rings stand about the measured centre; a swatch stands beside each skin tone and
+    each colour."""
     server = serve()
     person = Person(browser, server.url)
     person.size(1440, 900)
     person.at(0)
     def swatches():
-        return [s.value_of_css_property("background-color") for s in browser.find_elements(By.CSS_SELECTOR, "#options .swatch")
-                if s.is_displayed()]
-    tones, colours = ([f"rgba({int(c[1:3], 16)}, {int(c[3:5], 16)}, {int(c[5:], 16)}, 1)" for c in SWATCHES[name].values()]
+        found = browser.find_elements(By.CSS_SELECTOR, "#options .swatch")
+        return [swatch.value_of_css_property("background-color") for swatch in found if swatch.is_displayed()]
+    tones, colours = (["rgba({}, {}, {}, 1)".format(*bytes.fromhex(color[1:])) for color in SWATCHES[name].values()]
                       for name in ("skin_tone", "color"))
     assert swatches() == tones
     for name, wanted in (("size", []), ("color", colours), ("other_colors", colours)):

@@ -334,6 +334,7 @@ def test_pages_are_legible_and_fit(browser, serve, scheme):
                 browser.find_element(By.ID, "keys").click()
                 if shots:
                     browser.save_screenshot(f"{shots}/keys-{width}-{scheme}.png")
-                sheet = browser.find_element(By.ID, "sheet-of-keys").rect
-                assert min(sheet["x"], sheet["y"], width - sheet["x"] - sheet["width"], height - sheet["y"] - sheet["height"]) >= 0
+                rect = browser.find_element(By.ID, "sheet-of-keys").rect
+                x, y, w, h = (rect[part] for part in ("x", "y", "width", "height"))
+                assert min(x, y, width - x - w, height - y - h) >= 0
                 assert [pair for pair in browser.execute_script(CONTRAST) if pair[0] < 4.5] == []

@@ -115,7 +115,7 @@ def test_state_round_trip(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="needs /proc")
 def test_a_loaded_state_maps_no_file(tmp_path):
-    """Windows does not replace a mapped file: the tensors of a state are copies, so that the next one can be saved in its place."""
+    """Windows does not replace a mapped file: the tensors of a state are copies, so the next can take its place."""
     path = tmp_path / "state.safetensors"
     save_state(path, {"x": torch.arange(1000.0)}, {})
     tensors, _ = load_state(path)

@@ -17,14 +17,15 @@ from lesion.web import label_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = sorted((ROOT / "lesion").rglob("*.py")) + [ROOT / f"{name}.py" for name in ("train_lora", "generate", "classify", "evaluate")]
-SIZES = ["--batch-size", "2", "--rank", "2", "--checkpoint-every", "1", "--sample-count", "1", "--sample-steps", "1", "--val-tiles", "2"]
-CLASSIFIER = ["--image-size", "32", "--epochs", "1", "--seeds", "1", "--batch-size", "8"]
+SIZES = "--batch-size 2 --rank 2 --checkpoint-every 1 --sample-count 1 --sample-steps 1 --val-tiles 2"
+CLASSIFIER = "--image-size 32 --epochs 1 --seeds 1 --batch-size 8"
 
 
 def run(*arguments, cwd):
     """A command of ours in the simulated system (tests/windows.py), on a terminal of Windows' western code page."""
-    return subprocess.run([sys.executable, ROOT / "tests" / "windows.py", *arguments], cwd=cwd, capture_output=True, encoding="cp1252",
-                          timeout=300, env={**os.environ, "PYTHONIOENCODING": "cp1252", "OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        [sys.executable, ROOT / "tests" / "windows.py", *arguments], cwd=cwd, capture_output=True, encoding="cp1252",
+        timeout=300, env={**os.environ, "PYTHONIOENCODING": "cp1252", "OMP_NUM_THREADS": "1"})
 
 
 def unguarded(path: Path) -> list[str]:
@@ -63,14 +64,16 @@ def test_the_walk_sees_them(tmp_path):
 
 
 @pytest.mark.parametrize(("code", "says"), [
-    ("import fcntl", "No module named"), ("import resource", "No module named"), ("import os; os.fork()", "no attribute 'fork'"),
-    ("import signal; signal.SIGPIPE", "no attribute 'SIGPIPE'"), ("import os; os.open('.', 0)", "a folder cannot be opened"),
-    ("open('a:b', 'w')", "not a file name"), ("import os; f = open('a', 'w'); os.remove('a')", "in use"),
+    ("import fcntl", "No module named"), ("import resource", "No module named"),
+    ("import os; os.fork()", "no attribute 'fork'"), ("import signal; signal.SIGPIPE", "no attribute 'SIGPIPE'"),
+    ("import os; os.open('.', 0)", "a folder cannot be opened"), ("open('a:b', 'w')", "not a file name"),
+    ("import os; f = open('a', 'w'); os.remove('a')", "in use"), ("import os; os.symlink('a', 'b')", "privilege"),
     ("import os; f = open('a', 'w'); open('b', 'w').close(); os.replace('b', 'a')", "in use"),
-    ("import os; os.mkdir('d'); f = open('d/a', 'w'); os.rename('d', 'e')", "in use"), ("import os; os.symlink('a', 'b')", "privilege"),
-    ("import mmap, os; f = open('a', 'w+b'); f.write(b'x'); f.flush(); m = mmap.mmap(f.fileno(), 1); f.close(); os.remove('a')", "in use"),
-    ("import sys, os, pathlib as p; sys.exit(f'{os.name} {sys.platform} {p.Path(\"a/b/c\").relative_to(\"a\")}')", "nt win32 b\\c"),
-    ("import msvcrt, os; [msvcrt.locking(os.open('a', os.O_RDWR | os.O_CREAT), 2, 1) for _ in 'ab']", "Permission denied")])
+    ("import os; os.mkdir('d'); f = open('d/a', 'w'); os.rename('d', 'e')", "in use"),
+    ("import numpy, os; numpy.save('a', [1]); x = numpy.load('a.npy', mmap_mode='r'); os.remove('a.npy')", "in use"),
+    ("import sys, os; sys.exit(os.name + sys.platform)", "ntwin32"),
+    ("import sys; from pathlib import Path; sys.exit(str(Path('a/b/c').relative_to('a')))", "b\\c"),
+    ("import msvcrt, os; [msvcrt.locking(os.open('a', os.O_RDWR | os.O_CREAT), 2, 1) for _ in 'ab']", "denied")])
 def test_the_simulation_is_one(tmp_path, code, says):
     """It would be no proof otherwise: what Windows refuses to a file of ours is refused, and said in so many words."""
     done = run("-c", code, cwd=tmp_path)
@@ -92,26 +95,27 @@ assert os.path.relpath("x/y/z", "x").replace(os.sep, "/") == "y/z" and os.listdi
 
 
 def follow(commands, folder):
-    """Run each of the commands in `folder`: all end well and leave no lock, and no manifest and no list of hashes names a file with
-    a backslash."""
+    """Run each of the commands in `folder`: all end well and leave no lock, and no manifest and no list of hashes names
+    a file with a backslash."""
     for command in commands:
-        done = run(*command, cwd=folder)
+        done = run(*command.split(), cwd=folder)
         assert done.returncode == 0, f"{command}: {done.stderr[-2000:]}"
         assert "left out" not in done.stdout  # a picture that the manifest names is no stranger
-        assert not list(folder.rglob("*.lock"))
+        assert not list(folder.rglob(".*lock"))
     for path in (path for ending in ("SHA256SUMS", "metadata.jsonl") for path in folder.rglob(ending)):
         assert "\\" not in path.read_text(encoding="utf-8").replace('\\"', ""), path
 
 
 def test_train_generate_classify_label(tmp_path):
-    """The four commands of the first hour by their defaults but for sizes: all end well, and the manifest follows the journal."""
+    """The four commands of the first hour by their defaults but for sizes: all end well, and the manifest follows the
+    journal."""
     demo = tmp_path / "data" / "demo"
-    write_demo(demo, benign=24, malignant=24)
+    tile = write_demo(demo, benign=24, malignant=24)[0]["file_name"]
     files.append_jsonl(demo / "labels" / "first.jsonl", {
-        "event": "answer", "id": "answer-00001", "time": label_folder.now(), "tile": files.read_manifest(demo)[0]["file_name"],
+        "event": "answer", "id": "answer-00001", "time": label_folder.now(), "tile": tile,
         "answers": {"skin_tone": "brown"}, "was": {"skin_tone": "given"}})
-    follow([["train_lora.py", "--phase", "1", "--steps", "1", *SIZES], ["generate.py", "--count", "2", "--steps", "1"],
-            ["classify.py", "--experiments", "B0", "S2", *CLASSIFIER], ["lesion.web.label", "data/demo", "--no-serve"]], tmp_path)
+    follow([f"train_lora.py --phase 1 --steps 1 {SIZES}", "generate.py --count 2 --steps 1",
+            f"classify.py --experiments B0 S2 {CLASSIFIER}", "lesion.web.label data/demo --no-serve"], tmp_path)
     assert (tmp_path / "runs" / "malignant-phase1" / "lora.safetensors").is_file()
     assert len(list((tmp_path / "samples").rglob("malignant-*.png"))) == 2
     assert len(list((tmp_path / "runs" / "classify").rglob("predictions.csv"))) == 2
@@ -120,22 +124,21 @@ def test_train_generate_classify_label(tmp_path):
 
 @pytest.mark.long
 def test_every_command(tmp_path):
-    """All that the README names, to its end: both phases and going on, every arm, a report and its replacement, a data set and its
-    replacement, a study, labelling, and all of it verified. `python -m pytest -n0 -m long tests/run/test_windows.py`"""
+    """The README's real recipe to its end: both phases and going on, every arm, a report and its replacement, a data
+    set and its replacement, labelling, a study, and all of it verified.
+    `python -m pytest -n0 -m long tests/run/test_windows.py`"""
     write_demo(tmp_path / "data" / "demo", benign=60, malignant=100)
-    prepared = ["lesion.prepare", "--source", "data/demo", "--out", "data/again"]
-    follow([["train_lora.py", "--phase", "1", "--steps", "1", *SIZES], ["train_lora.py", "--steps", "1", *SIZES],
-            ["train_lora.py", "--steps", "2", *SIZES, "--resume"], ["generate.py", "--count", "12", "--steps", "1"],
-            ["generate.py", "--count", "12", "--steps", "1"], ["classify.py", *CLASSIFIER], ["evaluate.py"], ["evaluate.py"], prepared,
-            [*prepared, "--prompts", "fixed", "--overwrite"], ["lesion.web.label", "data/again", "--no-serve"],
-            ["lesion.web.study", "study", "--real", "data/demo", "--synthetic", "samples/malignant-phase2", "--count", "4", "--no-serve"],
-            ["lesion.web.study", "study", "--no-serve"],
-            ["lesion.report.verify", "runs", "samples", "data/again", "report", "study"]], tmp_path)
+    prepare, draw = "lesion.prepare --source data/demo --out data/again", "generate.py --count 12 --steps 1"
+    follow([f"train_lora.py --phase 1 --steps 1 {SIZES}", f"train_lora.py --steps 1 {SIZES}",
+            f"train_lora.py --steps 2 {SIZES} --resume", draw, draw, f"classify.py {CLASSIFIER}", "evaluate.py",
+            "evaluate.py", prepare, f"{prepare} --prompts fixed --overwrite", "lesion.web.label data/again --no-serve",
+            "lesion.web.study s --real data/demo --synthetic samples/malignant-phase2 --count 4 --no-serve",
+            "lesion.web.study s --no-serve", "lesion.report.verify runs samples data/again report s"], tmp_path)
 
 
 def names_a_file_with_backslashes(path: Path) -> list[str]:
-    """Relative paths that become text with the system's own separator: `relative_to` without as_posix or parts right after it,
-    relpath without a replace, and commonpath, which gives backslashes whatever it was given."""
+    """Relative paths that become text with the system's own separator: `relative_to` without as_posix or parts right
+    after it, relpath without a replace, and commonpath, which gives backslashes whatever it was given."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     found = []
@@ -164,7 +167,7 @@ def test_names_have_forward_slashes(path):
 
 
 def test_names_are_the_same_there(monkeypatch):
-    """Class folders below two others whose file names repeat: with Windows' os.path the tiles have the ids that they have here."""
+    """Class folders below two others whose file names repeat: Windows' os.path gives them the ids that ours gives."""
     tiles = [f"my/set/{part}/{label}/a.jpg" for part in ("train", "test") for label in ("benign", "malignant")]
 
     def ids():

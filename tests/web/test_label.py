@@ -522,8 +522,9 @@ def test_swatches_are_the_skin_they_stand_for(tone, swatch):
 
 @pytest.mark.parametrize("color", NAMES["color"])
 def test_swatches_are_the_colours_they_stand_for(color):
-    """A lesion in a swatch's colour is described by that word: by the rule on skin of every tone (dark brown on dark skin is
-    that skin's own colour, and left out), by the whole measurement as a disc on light skin, with no other colour in it."""
+    """A lesion in a swatch's colour is described by that word: by the rule on skin of every tone (dark brown on dark
+    skin is that skin's own colour, and left out), by the whole measurement as a disc on light skin, with no other
+    colour in it."""
     swatch = code_of(label_pages.SWATCHES["color"][color])
     for tone, skin in label_pages.SWATCHES["skin_tone"].items():
         if (color, tone) != ("dark brown", "dark"):
@@ -601,8 +602,9 @@ class Process:
     """The real command on a port of its own."""
 
     def __init__(self, folder, *flags):
-        self.process = subprocess.Popen([sys.executable, "-m", "lesion", "label", str(folder), "--port", "0", "--no-browser",
-                                         *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "lesion", "label", str(folder), "--port", "0", "--no-browser", *flags],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
         for line in self.process.stdout:
             if line.startswith("open http://127.0.0.1:"):
                 self.port = int(line.split(":")[2].split("/")[0])
@@ -656,7 +658,8 @@ def test_kill_at_any_moment_loses_nothing(data):
             assert said[row["file_name"]].answers.items() <= row["attributes"].items()
 
 
-@pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")])
+@pytest.mark.parametrize(("number", "code", "word"), [
+    (signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")])
 def test_a_signal_ends_it_in_one_line_with_all_answers(data, number, code, word):
     """SIGTERM: exit code 143, ctrl-C: 130, each with one line on stderr; the answer acknowledged just before is in the
     journal and in metadata.jsonl, which does not wait for its second."""

@@ -240,10 +240,11 @@ def start(port=0):
     return process, process.stdout.readline().strip()
 
 
-@pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")])
+@pytest.mark.parametrize(("number", "code", "word"), [
+    (signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")])
 def test_stop_signals_end_the_server_cleanly(number, code, word):
-    """SIGTERM and ctrl-C let a request in hand finish and its reply arrive; then the program tidies up and ends as every
-    command does, with one line and 143 or 130."""
+    """SIGTERM and ctrl-C let a request in hand finish and its reply arrive; then the program tidies up and ends as
+    every command does, with one line and 143 or 130."""
     process, url = start()
     with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1].strip("/")))) as connection:
         connection.sendall(b"GET /slow HTTP/1.1\r\nHost: localhost\r\n\r\n")

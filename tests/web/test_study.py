@@ -384,10 +384,11 @@ def test_kill_at_any_moment_loses_no_acknowledged_answer(sets, tmp_path):
     assert 25 <= sum(counts) < 4 * total  # the kills came in the middle
 
 
-@pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")])
+@pytest.mark.parametrize(("number", "code", "word"), [
+    (signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")])
 def test_a_signal_ends_it_in_one_line_with_all_answers(sets, tmp_path, number, code, word):
-    """SIGTERM: exit code 143, ctrl-C: 130, each with one line on stderr while four readers answer; what was acknowledged is
-    in the journals and in answers.csv."""
+    """SIGTERM: exit code 143, ctrl-C: 130, each with one line on stderr while four readers answer; what was
+    acknowledged is in the journals and in answers.csv."""
     folder = tmp_path / "study"
     study_folder.create(folder, **sets, count=COUNT, readers=4)
     process, links, _ = start(folder)
