@@ -5,6 +5,7 @@ overlap). It is built beside its destination and renamed into place when complet
 set. The same source, flags and seed give the same bytes. Proven by tests/test_prepare.py.
 """
 import argparse
+import contextlib
 import hashlib
 import os
 import shutil
@@ -114,7 +115,10 @@ def prepare(args) -> None:
             print(f"  {note}")
         files.write_json(staging / "dataset.json", {**record, "key": key})
         sums.write(staging)
-        with lock.owner(args.out, wanted=args.out.exists()):  # nobody labels what is replaced
+        with contextlib.ExitStack() as held:
+            held.enter_context(lock.owner(args.out, wanted=args.out.exists()))  # nobody labels what is replaced
+            if os.name != "posix":
+                held.close()  # Windows moves no folder with an open file in it
             _swap(staging, args.out)
     except BaseException:
         if source.remote:

@@ -42,7 +42,7 @@ _COLORS = (
     Value("white", "white", "1", "paler than the skin around it: regression, scar, pearly"),
     Value("red", "red", "2", "pink to red: blood, inflammation, no pigment"),
     Value("light brown", "light brown", "3", "tan to light brown"),
-    Value("dark brown", "dark brown", "4", "dark brown"),
+    Value("dark brown", "dark brown", "4", "chocolate to dark coffee"),
     Value("blue-grey", "blue-grey", "5", "blue, slate or grey"),
     Value("black", "black", "6", "black or nearly so"),
 )

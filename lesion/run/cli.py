@@ -85,15 +85,15 @@ def _handlers(wanted: dict[str, object]) -> Iterator[None]:
 
 class Stop:
     """Ctrl-C and SIGTERM as a request: once the loop has set `patient`, the first is only noted in `number` (0: none), so that
-    a step ends and is saved. One before that, and every second one, interrupts at once."""
+    a step ends and is saved. One before that, and every second one, is noted and interrupts at once."""
 
     def __init__(self):
         self.number, self.patient = 0, False
 
     def take(self, number: int, *_) -> None:
-        if self.number or not self.patient:
+        at_once, self.number = self.number or not self.patient, int(number)
+        if at_once:
             self.interrupt(number)
-        self.number = int(number)
 
     @staticmethod
     def interrupt(number: int) -> None:

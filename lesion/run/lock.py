@@ -81,6 +81,9 @@ def owner(folder: Path, *, beside: bool = False, shared: bool = False, wanted: b
             path.unlink()
         _open.discard(descriptor)
         os.close(descriptor)
+        if os.name != "posix":
+            with contextlib.suppress(OSError):  # another has it open
+                path.unlink()
         with contextlib.suppress(OSError):  # not empty: good
             for above in new:
                 above.rmdir()

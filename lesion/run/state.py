@@ -79,7 +79,8 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            names = file.keys()
+            tensors = {key: file.get_tensor(key).clone() for key in names}  # a mapped file is not replaced on Windows
         if "meta" in metadata:
             raise ValueError("written by a version that kept no hash of it")
         digest, text = metadata[STATE].split(" ", 1)

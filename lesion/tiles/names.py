@@ -4,6 +4,7 @@ captions.
 Proven by tests/tiles/test_names.py.
 """
 import os
+import posixpath
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -157,7 +158,7 @@ def _identified(tiles, classes, found, same):
         if ISIC.match(stems[a]) or not (classes[a.rpartition("/")[0]] and classes[b.rpartition("/")[0]]):
             raise ValueError(f"{stems[a]} is there twice: {a} and {b}")
     if repeated:
-        top = os.path.commonpath([name.rpartition("/")[0] for name in tiles])
+        top = posixpath.commonpath([name.rpartition("/")[0] for name in tiles])
         stems = {name: "_".join(PurePosixPath(os.path.splitext(name)[0]).relative_to(top).parts) for name in tiles}
         found.notes.append(f"file names repeat between folders: an id is folder and name (such as "
                            f"{min(stems.values())})")

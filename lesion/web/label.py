@@ -64,7 +64,7 @@ def parse(argv: list[str]) -> Namespace:
 
 
 def main(argv: list[str]) -> None:
-    """Serve the labelling pages until ctrl-C, or do the one thing a flag asks for. ValueError for what cannot be."""
+    """Serve the labelling pages until a signal, or do the one thing a flag asks for. ValueError for what cannot be."""
     args = parse(argv)
     with lock.owner(args.data, shared=True):
         files.sweep(args.data / "labels")
@@ -191,8 +191,8 @@ def _serve(args: Namespace, rows: list[dict], listener, opened: ExitStack) -> No
         stop.set()
         changed.set()
         follower.join()
-    for desk in everyone:
-        print(f"stopped; {desk.journal.path}: {len(desk.journal.rows)} rows")
+        for desk in everyone:
+            print(f"stopped; {desk.journal.path}: {len(desk.journal.rows)} rows")
 
 
 def _said(args: Namespace) -> dict:

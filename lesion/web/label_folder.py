@@ -81,8 +81,9 @@ def select(folder: Path, label: str = "all", split: str = "all") -> tuple[list[d
         raise ValueError(f"{folder}: none of the {len(chosen)} {what} tiles has its picture, the first is "
                          f"{chosen[0]['file_name']}: prepare the set again")
     listed = {row["file_name"] for row in rows}
-    stray = sorted(str(path.relative_to(folder)) for path in (Path(folder) / "images").glob("*")
-                   if path.suffix.lower() in PICTURES and str(path.relative_to(folder)) not in listed)
+    there_too = (path.relative_to(folder).as_posix() for path in (Path(folder) / "images").glob("*")
+                 if path.suffix.lower() in PICTURES)
+    stray = sorted(name for name in there_too if name not in listed)
     if stray:
         notes.append(f"{len(stray)} pictures left out: not in {files.MANIFEST}, the first is {stray[0]}")
     return there, notes

@@ -16,9 +16,12 @@ from lesion.web import label_adjudicate, label_export, server
 from lesion.web.label_desk import FILTERS, Desk, answers_of, centre_of, check_filter, png, state_of, take_answers
 from lesion.web.label_folder import MAX_COMMENT
 
-SWATCHES = {  # sRGB of skin in the middle of each group's range of ITA; tests/web/test_label.py measures them
-    "very light": "#d1b39f", "light": "#c6a18a", "intermediate": "#b99278", "tan": "#a98066", "brown": "#8b654c",
-    "dark": "#634838"}
+SWATCHES = {  # sRGB: skin in the middle of each group's range of ITA, and a lesion's colours as `color_names` has them
+    "skin_tone": {"very light": "#d1b39f", "light": "#c6a18a", "intermediate": "#b99278", "tan": "#a98066",
+                  "brown": "#8b654c", "dark": "#634838"},
+    "color": {"white": "#e7dad3", "red": "#b45552", "light brown": "#b2815b", "dark brown": "#65402f",
+              "blue-grey": "#495663", "black": "#231e1d"}}
+SWATCHES["other_colors"] = SWATCHES["color"]
 KINDS = {"id": str, "filter": str, "active": str, "by": str, "text": str, "comment": str, "undo": str, "revision": int,
          "stay": bool, "accept": bool, "change": bool, "flagged": bool, "answers": dict}
 NEEDS = {"answer": ("revision",), "undo": ("undo",), "flag": ("revision", "flagged"), "comment": ("revision", "comment")}
@@ -215,8 +218,8 @@ def _csv(text: str, name: str) -> Response:
 
 
 def vocabulary() -> list[dict]:
-    """lesion.describe.prompts.VOCABULARY as the pages take it, with a swatch beside each skin tone."""
+    """lesion.describe.prompts.VOCABULARY as the pages take it, with a swatch beside each tone and colour."""
     return [{"name": a.name, "title": a.title, "help": a.help, "many": a.many,
              "values": [{"name": v.name, "key": v.key, "help": v.help,
-                         "swatch": SWATCHES.get(v.name) if a.name == "skin_tone" else None} for v in a.values]}
+                         "swatch": SWATCHES.get(a.name, {}).get(v.name)} for v in a.values]}
             for a in VOCABULARY.values()]

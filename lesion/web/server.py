@@ -40,6 +40,7 @@ from flask import Flask, Response, abort, current_app, g, redirect, request, sen
 from waitress.adjustments import Adjustments
 from werkzeug.exceptions import HTTPException
 
+from lesion.run import cli
 from lesion.web import limits
 
 MAX_BODY = 1_000_000  # bytes; a request over this is refused with 413
@@ -243,7 +244,8 @@ def bind(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
 
 def serve(app: Flask, listener: socket.socket, host: str = "127.0.0.1", ready: Callable[[str], None] | None = None,
           browser: bool = False, path: str = "/", threads: int = 8) -> None:
-    """Serve on what `bind(host, ...)` gave until ctrl-C or SIGTERM, then let the requests in hand finish and return.
+    """Serve on what `bind(host, ...)` gave until ctrl-C or SIGTERM; let the requests in hand finish, then raise
+    KeyboardInterrupt or cli.Terminated, as any command's work ends. A second signal does not wait for them.
 
     ready(url) is called before the first request: print the address there. browser: open the page where there is a
     display. Call it from the main thread.
@@ -256,22 +258,18 @@ def serve(app: Flask, listener: socket.socket, host: str = "127.0.0.1", ready: C
     url = page_url(host, fair.effective_port, app.config["TOKEN"], path)
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # cli.run lets SIGPIPE kill; here it is only a browser that left
-    signal.signal(signal.SIGTERM, _stop)
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a queue of one is no news
-    try:
-        if ready:
-            ready(url)
-        if browser and _has_display():
-            threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
-        fair.run()  # ends on KeyboardInterrupt and SystemExit, after the requests in hand
-    except KeyboardInterrupt:
-        pass
-    finally:
-        fair.close()
-
-
-def _stop(number, frame):
-    raise KeyboardInterrupt
+    logging.getLogger("waitress").setLevel(logging.ERROR)  # a queue of one is no news, nor what an end cancels
+    with cli.stop_request() as stop:
+        try:
+            if ready:
+                ready(url)
+            if browser and _has_display():
+                threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
+            fair.run()  # keeps the interrupt to itself, and returns after the requests in hand
+        finally:
+            fair.close()
+    if stop.number:
+        stop.interrupt(stop.number)
 
 
 def page_url(host: str, port: int, token: str | None = None, path: str = "/") -> str:

@@ -55,7 +55,7 @@ def parse(argv: list[str]) -> Namespace:
 
 
 def main(argv: list[str]) -> None:
-    """Make or open the study, then serve it until ctrl-C. ValueError for what the folder or the flags do not allow."""
+    """Make or open the study, then serve it until a signal. ValueError for what folder or flags do not allow."""
     args = parse(argv)
     with lock.owner(args.folder):
         study(args)
@@ -78,9 +78,11 @@ def study(args: Namespace) -> None:
             for reader, entry in zip(readers, study["readers"], strict=True):
                 print(f"{reader.name}: {base}/r/{entry['link']}")
             print(f"organiser: {url}", flush=True)
-        server.serve(app, listener, args.host, ready=ready, path="/organiser", threads=16)
-    study_folder.export(args.folder)
-    print(f"stopped; {args.folder / 'answers.csv'}: {sum(len(reader.answers) for reader in readers)} answers")
+        try:
+            server.serve(app, listener, args.host, ready=ready, path="/organiser", threads=16)
+        finally:
+            study_folder.export(args.folder)
+            print(f"stopped; {args.folder / 'answers.csv'}: {sum(len(reader.answers) for reader in readers)} answers")
 
 
 def _prepare(args: Namespace) -> tuple:
@@ -291,7 +293,8 @@ def create_app(folder: Path, study: dict, readers: list[Reader], token: str | No
             state = state_of(reader, settings, None if at is None else at - 1)
         if state["done"]:
             return render_template("study_done.html", link=link, total=state["total"], settings=settings)
-        return render_template("study_tile.html", link=link, state=state, side=settings["resolution"])
+        return render_template("study_tile.html", link=link, state=state, side=settings["resolution"],
+                               can_go_back=settings["allow_back"])
 
     @app.post("/r/<link>/consent")
     @server.public

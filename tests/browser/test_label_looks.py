@@ -6,6 +6,7 @@ import pytest
 
 from lesion.describe.prompts import NAMES, VOCABULARY
 from lesion.web import label_folder
+from lesion.web.label_pages import SWATCHES
 
 pytest.importorskip("selenium.webdriver", reason="needs selenium")
 from label_person import Person  # noqa: E402
@@ -330,7 +331,7 @@ class Judge(Person):
 
 def test_twenty_disagreements_one_key_each(browser, serve):
     """Twenty disagreements at a phone's and a desk's size: tile, answers and their people in view without scrolling
-    sideways, one key each, twenty rows."""
+    sideways, one key each, twenty rows; ? shows the keys, and switched off there a number decides nothing."""
     server = serve(malignant=5, flags=["--people", "anna", "ben"])
     server.stop()
     rows = label_folder.select(server.folder, "malignant")[0]
@@ -356,6 +357,17 @@ def test_twenty_disagreements_one_key_each(browser, serve):
             assert [b.text for b in browser.find_elements(By.CSS_SELECTOR, "#options span")] == ["anna", "ben"]
             if folder := os.environ.get("LESION_SCREENSHOTS"):
                 browser.save_screenshot(f"{folder}/adjudicate-{width}.png")
+        if number == 15:
+            judge.press("?")
+            webdriver_press(browser, "2")
+            judge.click("#single-keys")
+            webdriver_press(browser, Keys.ESCAPE)
+            judge.press("2")
+            time.sleep(0.3)
+            assert judge.state()["at"] == number
+            judge.click("#keys")
+            judge.click("#single-keys")
+            webdriver_press(browser, Keys.ESCAPE)
         judge.press("2")
     judge.wait(lambda: judge.state()["at"] is None)
     tiles = label_folder.Labels(server.rows("adjudicator")).tiles
@@ -399,12 +411,24 @@ def test_find_open_and_filter(browser, serve):
 
 def test_looking_closer_changes_nothing_but_the_view(browser, serve):
     """Brightness and contrast act on the picture and are plain again on the next tile; a line dragged over a third of the
-    tile reads 5.0 mm, also zoomed; rings stand about the measured centre; a swatch stands beside each skin tone."""
+    tile reads 5.0 mm, also zoomed; rings stand about the measured centre; a swatch stands beside each skin tone and
+    each colour."""
     server = serve()
     person = Person(browser, server.url)
     person.size(1440, 900)
     person.at(0)
-    assert len([s for s in browser.find_elements(By.CSS_SELECTOR, "#options .swatch") if s.is_displayed()]) == 6
+    def swatches():
+        found = browser.find_elements(By.CSS_SELECTOR, "#options .swatch")
+        return [swatch.value_of_css_property("background-color") for swatch in found if swatch.is_displayed()]
+    tones, colours = (["rgba({}, {}, {}, 1)".format(*bytes.fromhex(color[1:])) for color in SWATCHES[name].values()]
+                      for name in ("skin_tone", "color"))
+    assert swatches() == tones
+    for name, wanted in (("size", []), ("color", colours), ("other_colors", colours)):
+        browser.find_element(By.CSS_SELECTOR, f"[data-name={name}]").click()
+        person.at(0, name)
+        assert swatches() == wanted
+        if folder := os.environ.get("LESION_SCREENSHOTS"):
+            browser.save_screenshot(f"{folder}/swatches-{name}.png")
     browser.execute_script("""for (const [id, v] of [["brightness", 150], ["contrast", 80]]) {
         const e = document.getElementById(id); e.value = v; e.dispatchEvent(new Event("input", {bubbles: true})); }""")
     image = browser.find_element(By.CSS_SELECTOR, "#original img")

@@ -14,6 +14,7 @@ from study_sets import real_set, synthetic_set
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
 from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 from lesion.web import study_folder  # noqa: E402
@@ -224,6 +225,63 @@ def test_going_back_and_the_second_question(browser, serve):
     assert [(row["rating"], row["malignant"], row["changes"]) for row in rows] == [(5, True, 0), (6, False, 1)]
 
 
+def test_single_keys_can_be_switched_off(browser, serve):
+    """? shows the keys, and the time under that list is not reading time; switched off there, numbers, letters and ? do
+    nothing, over a reload too, while Tab and Enter answer; switched on again they answer."""
+    server = serve(4, question_malignancy=True)
+    reader = Reader(browser, browser.current_window_handle, server.links["reader-1"])
+    reader.agree()
+
+    def focused(*keys):
+        for key in keys:
+            browser.switch_to.active_element.send_keys(key)
+
+    def sheet():
+        return browser.find_element(By.ID, "sheet-of-keys").is_displayed()
+
+    def answers():
+        return study_folder.read_answers(server.folder)[1]
+    reader.press("?")
+    assert sheet()
+    focused("m", "3")  # nothing is answered under the list
+    time.sleep(2.5)
+    focused(Keys.ESCAPE)
+    assert not sheet()
+    passed = browser.execute_script("return performance.now() - shownAt") / 1000
+    reader.press("b")
+    reader.press("4")
+    reader.at(2)
+    assert [(row["rating"], row["by"]) for row in answers()] == [(4, "key")]
+    assert answers()[0]["client_s"] < passed - 1
+    browser.find_element(By.ID, "keys").click()
+    browser.find_element(By.ID, "single-keys").click()
+    focused(Keys.ESCAPE)
+    for _ in range(2):
+        for key in ("m", "3", "?"):
+            reader.press(key)
+        assert not sheet()
+        assert reader.is_at(2)
+        assert not browser.find_elements(By.CSS_SELECTOR, "input:checked:not(#single-keys), [aria-pressed=true]")
+        browser.refresh()
+        reader.at(2)
+    focused(Keys.TAB, " ")
+    reader.wait(lambda: "Now:" in reader.text("#status"))
+    for _ in range(8):
+        focused(Keys.TAB)
+        if browser.switch_to.active_element.get_attribute("value") == "5":
+            break
+    focused(Keys.ENTER)
+    reader.at(3)
+    assert [(row["rating"], row["malignant"], row["by"]) for row in answers()[1:]] == [(5, False, "button")]
+    browser.find_element(By.ID, "keys").click()
+    browser.find_element(By.ID, "single-keys").click()
+    browser.find_element(By.CSS_SELECTOR, "#sheet-of-keys .primary").click()
+    reader.press("m")
+    reader.press("1")
+    reader.at(4)
+    assert (answers()[2]["rating"], answers()[2]["by"]) == (1, "key")
+
+
 CONTRAST = """
 const parts = (text) => text.match(/[\\d.]+/g).map(Number);
 const linear = (v) => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
@@ -270,5 +328,13 @@ def test_pages_are_legible_and_fit(browser, serve, scheme):
                 assert 0 <= tile["y"] <= height - side
                 first = browser.find_element(By.CSS_SELECTOR, "button[name=rating]").rect
                 assert first["y"] + first["height"] <= height
-                if folder := os.environ.get("LESION_SCREENSHOTS"):
-                    browser.save_screenshot(f"{folder}/tile-{width}-{scheme}.png")
+                shots = os.environ.get("LESION_SCREENSHOTS")
+                if shots:
+                    browser.save_screenshot(f"{shots}/tile-{width}-{scheme}.png")
+                browser.find_element(By.ID, "keys").click()
+                if shots:
+                    browser.save_screenshot(f"{shots}/keys-{width}-{scheme}.png")
+                rect = browser.find_element(By.ID, "sheet-of-keys").rect
+                x, y, w, h = (rect[part] for part in ("x", "y", "width", "height"))
+                assert min(x, y, width - x - w, height - y - h) >= 0
+                assert [pair for pair in browser.execute_script(CONTRAST) if pair[0] < 4.5] == []

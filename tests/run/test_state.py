@@ -113,6 +113,16 @@ def test_state_round_trip(tmp_path):
     assert all(torch.equal(back[key], tensors[key]) and back[key].dtype == tensors[key].dtype for key in tensors)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="needs /proc")
+def test_a_loaded_state_maps_no_file(tmp_path):
+    """Windows does not replace a mapped file: the tensors of a state are copies, so the next can take its place."""
+    path = tmp_path / "state.safetensors"
+    save_state(path, {"x": torch.arange(1000.0)}, {})
+    tensors, _ = load_state(path)
+    assert str(path) not in Path("/proc/self/maps").read_text(encoding="utf-8")
+    assert tensors["x"][-1] == 999
+
+
 def test_a_damaged_state_is_refused(tmp_path):
     """Truncated anywhere, foreign, or not a file: one line that names it, never a traceback or half a state."""
     path = tmp_path / "state.safetensors"

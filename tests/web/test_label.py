@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lesion.describe.attributes import ITA_EDGES, color_names, ita_degrees, measure, to_attributes
 from lesion.describe.prompts import NAMES, VOCABULARY, from_sentence, to_sentence
 from lesion.mini.phantoms import write_demo
 from lesion.run import files
 from lesion.stats.readers import cohen_kappa
+from lesion.tiles.srgb import to_lab
 from lesion.web import label, label_compare, label_desk, label_export, label_folder, label_pages
 from lesion.web.journal import Journal, read_journal
 
@@ -505,15 +507,40 @@ def test_the_centre_is_the_lesions(data):
     site.close()
 
 
-@pytest.mark.parametrize(("tone", "color"), label_pages.SWATCHES.items())
-def test_swatches_are_the_skin_they_stand_for(tone, color):
+def code_of(swatch):
+    return np.frombuffer(bytes.fromhex(swatch[1:]), np.uint8)
+
+
+@pytest.mark.parametrize(("tone", "swatch"), label_pages.SWATCHES["skin_tone"].items())
+def test_swatches_are_the_skin_they_stand_for(tone, swatch):
     """Each swatch, measured like a tile's skin, has an individual typology angle inside its group's range."""
-    from lesion.describe.attributes import ITA_EDGES, ita_degrees
-    from lesion.tiles.srgb import to_lab
-    light, _, b = to_lab(np.array([int(color[n:n + 2], 16) for n in (1, 3, 5)], np.uint8))
+    light, _, b = to_lab(code_of(swatch))
     place = NAMES["skin_tone"].index(tone)
     edges = (90.0, *ITA_EDGES, -90.0)
     assert edges[place + 1] + 2 < ita_degrees(light, b) < edges[place] - 2
+
+
+@pytest.mark.parametrize("color", NAMES["color"])
+def test_swatches_are_the_colours_they_stand_for(color):
+    """A lesion in a swatch's colour is described by that word: by the rule on skin of every tone (dark brown on dark
+    skin is that skin's own colour, and left out), by the whole measurement as a disc on light skin, with no other
+    colour in it."""
+    swatch = code_of(label_pages.SWATCHES["color"][color])
+    for tone, skin in label_pages.SWATCHES["skin_tone"].items():
+        if (color, tone) != ("dark brown", "dark"):
+            assert NAMES["color"][color_names(to_lab(swatch)[None], to_lab(code_of(skin)))[0]] == color, tone
+    y, x = np.mgrid[:128, :128] - 63.5
+    tile = np.where((np.hypot(x, y) < 25)[..., None], swatch, code_of(label_pages.SWATCHES["skin_tone"]["light"]))
+    noisy = tile + np.random.default_rng(0).normal(0, 2, tile.shape)
+    found, _ = to_attributes(measure(noisy.clip(0, 255).round().astype(np.uint8)))
+    assert (found["color"], found["other_colors"]) == (color, [])
+
+
+def test_every_tone_and_colour_has_a_swatch():
+    """The page's table gives one to each value of skin tone, main and other colours, and to nothing else."""
+    for attribute in label_pages.vocabulary():
+        wanted = attribute["name"] in ("skin_tone", "color", "other_colors")
+        assert [value["swatch"] is not None for value in attribute["values"]] == [wanted] * len(attribute["values"])
 
 
 def test_sidecars(data, run_script):
@@ -575,8 +602,9 @@ class Process:
     """The real command on a port of its own."""
 
     def __init__(self, folder, *flags):
-        self.process = subprocess.Popen([sys.executable, "-m", "lesion", "label", str(folder), "--port", "0", "--no-browser",
-                                         *flags], cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "lesion", "label", str(folder), "--port", "0", "--no-browser", *flags],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
         for line in self.process.stdout:
             if line.startswith("open http://127.0.0.1:"):
                 self.port = int(line.split(":")[2].split("/")[0])
@@ -620,7 +648,7 @@ def test_kill_at_any_moment_loses_nothing(data):
     assert (state["tile"], state["active"]) == where
     server.process.send_signal(signal.SIGTERM)
     assert "stopped" in server.process.communicate(timeout=20)[0]
-    assert server.process.returncode == 0
+    assert server.process.returncode == 143
     rows, bad = read_journal(data / "labels/first.jsonl", label_folder.check_row)
     assert bad == []
     assert {row["id"]: row["answers"] for row in rows} == confirmed
@@ -628,6 +656,24 @@ def test_kill_at_any_moment_loses_nothing(data):
     for row in files.read_manifest(data):
         if row["file_name"] in said:
             assert said[row["file_name"]].answers.items() <= row["attributes"].items()
+
+
+@pytest.mark.parametrize(("number", "code", "word"), [
+    (signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")])
+def test_a_signal_ends_it_in_one_line_with_all_answers(data, number, code, word):
+    """SIGTERM: exit code 143, ctrl-C: 130, each with one line on stderr; the answer acknowledged just before is in the
+    journal and in metadata.jsonl, which does not wait for its second."""
+    server = Process(data)
+    state = server.ask("GET", "/state")[1]
+    form = {"id": "key-000000", "tile": state["tile"], "revision": state["revision"], "answers": {"skin_tone": "dark"}}
+    assert server.ask("POST", "/answer", form)[0] == 200
+    server.process.send_signal(number)
+    out, err = server.process.communicate(timeout=20)
+    assert (server.process.returncode, err) == (code, f"lesion label: {word}\n")
+    assert out.endswith("first.jsonl: 1 rows\n")
+    tile = label_folder.select(data, "malignant")[0][state["tile"]]["file_name"]
+    assert [row["answers"] for row in read_journal(data / "labels/first.jsonl")[0]] == [{"skin_tone": "dark"}]
+    assert {row["file_name"]: row for row in files.read_manifest(data)}[tile]["attributes"]["skin_tone"] == "dark"
 
 
 def test_237_tiles_under_four_presses_and_50_ms(data):

@@ -10,14 +10,17 @@ import pytest
 from lesion.web import limits
 
 PROGRAM = """
+from lesion.run import cli
 from lesion.web import limits, server
 limits.REQUEST_S = 2
 app = server.create_app("test")
 @app.get("/")
 def page():
     return "page"
-with server.bind() as listener:
-    server.serve(app, listener, ready=lambda url: print(url, flush=True))
+def main():
+    with server.bind() as listener:
+        server.serve(app, listener, ready=lambda url: print(url, flush=True))
+cli.run(main, "program")
 """
 
 

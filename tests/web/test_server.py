@@ -217,14 +217,19 @@ def main():
     @app.get("/")
     def page():
         return "hello " * 200_000
+    @app.get("/minute")
+    def minute():
+        time.sleep(60)
     @app.get("/slow")
     def slow():
         time.sleep(0.5)
         print("slow done", flush=True)
         return "slow"
-    with server.bind(port=PORT) as listener:
-        server.serve(app, listener, ready=lambda url: print(url, flush=True))
-    print("stopped", flush=True)
+    try:
+        with server.bind(port=PORT) as listener:
+            server.serve(app, listener, ready=lambda url: print(url, flush=True))
+    finally:
+        print("stopped", flush=True)
 cli.run(main, "program")
 """
 
@@ -235,17 +240,36 @@ def start(port=0):
     return process, process.stdout.readline().strip()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stop_signals_end_the_server_cleanly(number):
-    """SIGTERM and ctrl-C let a request in hand finish, then the program goes on and exits 0, with nothing on stderr."""
+@pytest.mark.parametrize(("number", "code", "word"), [
+    (signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")])
+def test_stop_signals_end_the_server_cleanly(number, code, word):
+    """SIGTERM and ctrl-C let a request in hand finish and its reply arrive; then the program tidies up and ends as
+    every command does, with one line and 143 or 130."""
     process, url = start()
     with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1].strip("/")))) as connection:
         connection.sendall(b"GET /slow HTTP/1.1\r\nHost: localhost\r\n\r\n")
         time.sleep(0.2)
         process.send_signal(number)
         out, err = process.communicate(timeout=20)
-    assert (process.returncode, err) == (0, "")
-    assert out.split("\n")[:2] == ["slow done", "stopped"]
+        reply = connection.recv(10_000)
+    assert (process.returncode, out, err) == (code, "slow done\nstopped\n", f"program: {word}\n")
+    assert reply.startswith(b"HTTP/1.1 200 OK")
+    assert reply.endswith(b"slow")
+
+
+def test_a_second_signal_does_not_wait():
+    """With a request of a minute in hand the first SIGTERM waits, the second ends the program within seconds."""
+    process, url = start()
+    with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1].strip("/")))) as connection:
+        connection.sendall(b"GET /minute HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        time.sleep(0.2)
+        began = time.monotonic()
+        for _ in range(2):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+        _, err = process.communicate(timeout=20)
+    assert time.monotonic() - began < 4  # waitress waits five seconds for its threads
+    assert (process.returncode, err) == (143, "program: terminated\n")
 
 
 def test_a_browser_that_leaves_does_not_kill_the_server():

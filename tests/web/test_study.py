@@ -378,10 +378,31 @@ def test_kill_at_any_moment_loses_no_acknowledged_answer(sets, tmp_path):
         thread.join()
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=20)
-    assert (process.returncode, err) == (0, "")
+    assert (process.returncode, err) == (143, "lesion study: terminated\n")
     assert f"{4 * total} answers" in out
     assert len((folder / "answers.csv").read_text(encoding="utf-8").splitlines()) == 1 + 4 * total
     assert 25 <= sum(counts) < 4 * total  # the kills came in the middle
+
+
+@pytest.mark.parametrize(("number", "code", "word"), [
+    (signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")])
+def test_a_signal_ends_it_in_one_line_with_all_answers(sets, tmp_path, number, code, word):
+    """SIGTERM: exit code 143, ctrl-C: 130, each with one line on stderr while four readers answer; what was
+    acknowledged is in the journals and in answers.csv."""
+    folder = tmp_path / "study"
+    study_folder.create(folder, **sets, count=COUNT, readers=4)
+    process, links, _ = start(folder)
+    browsers, threads = read_all(links, time.monotonic() + 20, 2 * COUNT, think=0.05)
+    while sum(len(browser.acknowledged) for browser in browsers) < 5:
+        time.sleep(0.005)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    for thread in threads:
+        thread.join()
+    assert (process.returncode, err) == (code, f"lesion study: {word}\n")
+    answers = (folder / "answers.csv").read_text(encoding="utf-8").splitlines()[1:]
+    assert out.endswith(f"answers.csv: {len(answers)} answers\n")
+    assert 5 <= stored(folder, browsers) <= len(answers) < 8 * COUNT
 
 
 def test_fifty_readers_at_once(tmp_path):

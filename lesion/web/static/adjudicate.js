@@ -114,8 +114,8 @@ const actions = {
 const KEYS = { Backspace: "undo", ArrowLeft: "previous", ArrowRight: "next" };
 
 document.addEventListener("keydown", (event) => {
-  if (event.target.matches("select") || event.ctrlKey || event.metaKey || event.altKey || event.repeat || busy) return;
-  const option = /^[1-9]$/.test(event.key) && state.at !== null ? state.options[event.key - 1] : null;
+  if (keySheet.open || event.target.matches("select") || event.ctrlKey || event.metaKey || event.altKey || event.repeat || busy) return;
+  const option = singleKeys && /^[1-9]$/.test(event.key) && state.at !== null ? state.options[event.key - 1] : null;
   if (!option && !(event.key in KEYS)) return;
   event.preventDefault();
   if (option) decide(option.value);

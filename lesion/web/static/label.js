@@ -15,7 +15,6 @@ let waiting = [];      // keys pressed meanwhile, for the same tile
 let shownAt = 0;
 let armed = false;     // a finished tile may be changed: the person stepped back to it, or chose an attribute
 let editing = null;    // the field being edited
-let singleKeys = true; // letters, numbers, ? and / (WCAG 2.1.4: they can be switched off)
 
 function say(text, trouble = false) {
   $("status").textContent = text;

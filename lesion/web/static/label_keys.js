@@ -42,8 +42,6 @@ const actions = {
   flag: () => send("flag", { flagged: !state.flagged }),
   edit: () => $("sentence").focus(),
   comment: () => $("comment").focus(),
-  search: () => $("search").focus(),
-  help: () => $("sheet-of-keys").showModal(),
 };
 for (const name of Object.keys(looks)) actions[name] = () => look(name);
 
@@ -72,8 +70,7 @@ function turnTo(name) {
 }
 
 const KEYS = { Enter: "acceptAll", " ": "acceptOne", Backspace: "undo", ArrowLeft: "previous", ArrowRight: "next", ArrowUp: "up",
-  ArrowDown: "down", z: "zoom", r: "rings", m: "measure", p: "pixels", n: "kind", f: "flag", e: "edit", c: "comment",
-  "/": "search", "?": "help" };
+  ArrowDown: "down", z: "zoom", r: "rings", m: "measure", p: "pixels", n: "kind", f: "flag", e: "edit", c: "comment" };
 
 function press(key) {
   if (busy) {
@@ -89,7 +86,7 @@ document.addEventListener("pointerdown", (event) => { clicked = event.target.clo
 
 document.addEventListener("keydown", (event) => {
   if (event.key === "Tab") clicked = null;
-  if ($("sheet-of-keys").open || event.target.matches("textarea, input:not([type=range]), select") || event.metaKey || event.altKey) return;
+  if (keySheet.open || event.target.matches("textarea, input:not([type=range]), select") || event.metaKey || event.altKey) return;
   if (event.ctrlKey && event.key.toLowerCase() === "z") {
     event.preventDefault();
     if (!event.repeat) press({ name: "Backspace" });
@@ -102,9 +99,9 @@ document.addEventListener("keydown", (event) => {
   if (event.target.matches("input[type=range]") && event.key.startsWith("Arrow")) return;
   const digit = /^(?:Digit|Numpad)(\d)$/.exec(event.code)?.[1] ?? (/^\d$/.test(event.key) ? event.key : null);
   const name = event.key.length === 1 ? event.key.toLowerCase() : event.key;
-  if (name in KEYS && !/^\d$/.test(name) && "/?".includes(name)) {
+  if (name === "/") {
     event.preventDefault();
-    actions[KEYS[name]]();
+    $("search").focus();
     return;
   }
   if (!digit && name !== "u" && !(name in KEYS)) return;
@@ -130,8 +127,6 @@ document.addEventListener("click", (event) => {
     else actions[button.dataset.do]();
   } else if (button.id === "flag") {
     actions.flag();
-  } else if (button.id === "keys") {
-    actions.help();
   }
 });
 
@@ -150,19 +145,6 @@ $("find").addEventListener("submit", (event) => {
   if (text) talk(`state?filter=${encodeURIComponent(state.filter)}&find=${encodeURIComponent(text)}&after=${state.tile}`);
 });
 $("search").addEventListener("keydown", (event) => { if (event.key === "Escape") $("search").blur(); });
-
-try {
-  singleKeys = localStorage.getItem("lesion single keys") !== "off";
-} catch { /* no storage: they are on */ }
-$("single-keys").checked = singleKeys;
-main.classList.toggle("no-single-keys", !singleKeys);
-$("single-keys").addEventListener("change", () => {
-  singleKeys = $("single-keys").checked;
-  main.classList.toggle("no-single-keys", !singleKeys);
-  try {
-    localStorage.setItem("lesion single keys", singleKeys ? "on" : "off");
-  } catch { /* for this page only */ }
-});
 
 function field(name, save) {
   const box = $(name);

@@ -1,4 +1,5 @@
-// Keys, timing and unbroken reading on the tile page. Without this file the form works too, one page load an answer.
+// Keys, timing and unbroken reading on the tile page; single_keys.js lists the keys and switches them off.
+// Without these files the form works too, one page load an answer.
 "use strict";
 
 const main = document.querySelector("main.reading");
@@ -16,25 +17,20 @@ let seen = 0, visibleSince = null; // milliseconds the picture was visible: a pa
 let ahead = null; // { position, url } of the next picture, fetched while this one is read
 form.noValidate = true;
 
+function tick() { // adds what passed since the last call, if the picture was visible then
+  const now = performance.now();
+  if (visibleSince !== null) seen += now - visibleSince;
+  visibleSince = document.visibilityState === "visible" && !keySheet.open ? now : null;
+}
+
 function startClock() {
+  tick();
   seen = 0;
   shownAt = performance.now();
-  visibleSince = document.visibilityState === "visible" ? shownAt : null;
 }
 
-function clockSeconds() {
-  return (seen + (visibleSince === null ? 0 : performance.now() - visibleSince)) / 1000;
-}
-
-document.addEventListener("visibilitychange", () => {
-  const now = performance.now();
-  if (document.visibilityState === "visible") {
-    visibleSince = now;
-  } else if (visibleSince !== null) {
-    seen += now - visibleSince;
-    visibleSince = null;
-  }
-});
+document.addEventListener("visibilitychange", tick);
+for (const name of ["toggle", "close"]) keySheet.addEventListener(name, tick); // under the list of keys nobody reads
 
 async function fetchTile(position) {
   const reply = await fetch(`${page}/tile/${position}`, { cache: "no-store" });
@@ -106,8 +102,9 @@ async function show(next, atStart = false) { // at the start the page has the pi
 
 async function send(by) {
   ready = false;
+  tick();
   const side = image.getBoundingClientRect().width;
-  const answer = { position: state.position, revision: state.revision, rating: state.rating, client_s: clockSeconds().toFixed(3),
+  const answer = { position: state.position, revision: state.revision, rating: state.rating, client_s: (seen / 1000).toFixed(3),
     malignant: state.malignant === null ? null : state.malignant ? "yes" : "no", by, side_px: side, pixel_ratio: devicePixelRatio };
   for (let wait = 500; ; wait = Math.min(2 * wait, 5000)) {
     try {
@@ -149,7 +146,8 @@ form.addEventListener("change", (event) => {
 });
 
 document.addEventListener("keydown", (event) => {
-  if (event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (keySheet.open || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.key.length === 1 && !singleKeys) return;
   const key = event.key.toLowerCase();
   if (/^[1-6]$/.test(key)) {
     event.preventDefault();
