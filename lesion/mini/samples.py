@@ -10,6 +10,7 @@ import numpy as np
 from lesion.classify import features
 from lesion.run import files
 from lesion.stats import fidelity, memorisation
+from lesion.tiles import seen
 from lesion.tiles.decode import load_tiles
 
 
@@ -49,7 +50,7 @@ def seen_by(folder: Path) -> set[str]:
     path = folder / "provenance.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no provenance.json: give folders of generate.py")
-    return {tile["file_name"] for lora in files.read_json(path)["loras"] for tile in lora["train_files"] or []}
+    return {tile["file_name"] for lora in seen.read_provenance(path)["loras"] for tile in lora["train_files"]}
 
 
 def median_distance(images_u8: np.ndarray, known: np.ndarray) -> float:
