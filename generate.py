@@ -244,13 +244,13 @@ def fill_from_newest_run(args) -> None:
     first = args.lora[0][0] if args.lora else None
     beside = (first if first.is_dir() else first.parent) / "args.json" if first else None
     run = folders.read_args(beside.parent) if beside else {}
-    if args.base is None and "base" not in run:
+    if args.base is None and not run.get("base"):
         raise ValueError(f"which base model? {args.lora[0][0]} does not stand in a run folder: give --base")
     args.base = args.base or run["base"]
     args.tokenizer = args.tokenizer or (Path(run["tokenizer"]) if run.get("tokenizer") else None)
     args.vae = args.vae or run.get("vae")
     if args.prompt is None and not args.prompts_from:
-        if "data" not in run:
+        if not run.get("data"):
             raise ValueError("what to draw? give --prompt TEXT or --prompts-from DATA")
         args.prompts_from = Path(run["data"])
     args.label = args.label or run.get("label")

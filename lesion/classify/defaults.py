@@ -59,7 +59,8 @@ def base_of(folder: Path) -> Path | None:
 
 def _runs_of(provenance: Path) -> list[dict]:
     """args.json of the runs whose LoRA files the folder was drawn with."""
-    return [folders.read_args(Path(lora.get("file") or "").parent) for lora in seen.read_provenance(provenance)["loras"]]
+    loras = seen.read_provenance(provenance)["loras"]
+    return [folders.read_args(Path(lora.get("file") or "").parent) for lora in loras]
 
 
 def ratio_for(args) -> float:

@@ -27,13 +27,13 @@ def check(data: Path, folders: list[Path], features_from: Path | None = None) ->
     rows = [row for row in files.read_manifest(data) if row["label"] == "malignant"]
     vectors, images_u8 = features_of(data, rows)
     sets = {folder: (seen_by(folder), *features_of(folder, files.read_manifest(folder))) for folder in folders}
-    if not any(seen for seen, *_ in sets.values()):
+    if not any(known for known, *_ in sets.values()):
         raise ValueError("none of the folders of --samples was drawn with a LoRA")
     result = []
-    for folder, (seen, drawn, drawn_u8) in sets.items():
-        if not seen:
+    for folder, (known_files, drawn, drawn_u8) in sets.items():
+        if not known_files:
             continue
-        train = np.array([row["file_name"] in seen for row in rows])
+        train = np.array([row["file_name"] in known_files for row in rows])
         held = np.array([row["split"] in ("train", "val") for row in rows]) & ~train
         known = memorisation.pixel_vectors(images_u8[train])
         value, error = fidelity.kid(vectors[held], drawn)

@@ -50,7 +50,7 @@ def build(folder: Path, data: Path | None, shown: tuple[str, str] = ("W1", "S2")
 
 
 def read_args(folder: Path) -> dict:
-    """args.json of classify.py, {} where there is none. ValueError where what the report says of it is missing or of another type."""
+    """args.json of classify.py, {} where there is none. ValueError where the report would miss something in it."""
     path = Path(folder) / "args.json"
     if not path.is_file():
         return {}
@@ -59,13 +59,14 @@ def read_args(folder: Path) -> dict:
         counts, made = args["counts"][0], args["provenance"]
         numbers = [counts["added"], *(counts[part][label] for part in ("train", "val") for label in LABELS), args["lr"],
                    *(args[name] for name in ("image_size", "epochs", "batch_size"))]
-        texts = [args[name] for name in ("arch", "augmentation", "data_sha256")] + [made[name] for name in ("command", "lesion", "torch")]
+        texts = [args[name] for name in ("arch", "augmentation", "data_sha256")]
+        texts += [made[name] for name in ("command", "lesion", "torch")]
         whole = all(type(one) in (int, float) for one in numbers) and all(isinstance(one, str) for one in texts) and \
             isinstance(args["synthetic_sha256"], str | None) and "weights" in args and "git_commit" in made
     except (KeyError, TypeError, IndexError):
         whole = False
     if not whole:
-        raise ValueError(f"{path} is damaged: it does not say how the run was made; restore it, or run classify.py anew")
+        raise ValueError(f"{path} is damaged: it does not say how the run was made; restore it")
     return args
 
 

@@ -27,8 +27,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def one_line(error: object) -> str:
-    """What an error says, on one line of at most LONGEST signs. A file's own words may stand in it: what a terminal would act upon is
-    escaped."""
+    """What an error says, on one line of at most LONGEST signs. A file's own words may stand in it: what a terminal
+    would act upon is escaped."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = text if len(text) <= LONGEST else text[:LONGEST] + " ..."
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)

@@ -127,8 +127,9 @@ def read_json(path: Path) -> dict:
 
 
 def parse_json(data: bytes | str) -> object:
-    """The value of a JSON text; ValueError for anything else, and for what no honest writer writes and every reader would stumble
-    over: text too large for memory, nesting over DEEPEST, half a surrogate pair, a whole number that no float can hold."""
+    """The value of a JSON text; ValueError for anything else, and for what no honest writer writes and readers would
+    stumble over: text too large for memory, nesting over DEEPEST, half a surrogate pair, a whole number that no float
+    can hold."""
     text = data if isinstance(data, str) else data.decode(json.detect_encoding(data))
     try:
         value = _DECODER.decode(text)

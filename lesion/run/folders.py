@@ -167,8 +167,8 @@ def open_run(folder: Path, recipe: dict, resume: bool, free: tuple[str, ...] = (
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Rows of a run's log, in order. ValueError, naming the row, without a `step`, or with a value that is no finite number; null is
-    "not measured", which a loss never is."""
+    """Rows of a run's log, in order. ValueError, naming the row, without a `step`, or with a value that is no finite
+    number; null is "not measured", which a loss never is."""
     rows = files.read_jsonl(path)
     for number, row in enumerate(rows, 1):
         if type(row.get("step")) is not int or not 0 <= row["step"] < 2 ** 53:
@@ -176,7 +176,8 @@ def read_metrics(path: Path) -> list[dict]:
         for name, value in row.items():
             known = value is None and name not in ("loss", "val_loss")
             if not known and (type(value) not in (int, float) or not abs(value) < float("inf")):
-                raise ValueError(f"{path}, row {number}: {name[:40]!r} is {str(value)[:40]!r}, expected a finite number")
+                raise ValueError(f"{path}, row {number}: {name[:40]!r} is {str(value)[:40]!r}, "
+                                 "expected a finite number")
     return rows
 
 

@@ -1,5 +1,5 @@
-"""YAML that others wrote: read as plain data, within bounds. No aliases (nine lines of them make 10^9 entries), no nesting without
-end, no file so long that PyYAML takes minutes over it; whatever its constructors raise is a ValueError.
+"""YAML that others wrote: read as plain data, within bounds. No aliases (nine lines of them make 10^9
+entries), no nesting without end, no long file; whatever PyYAML's constructors raise is a ValueError.
 
 Proven by tests/run/test_cli.py, tests/sd/test_configs.py and tests/fuzz.
 """
@@ -9,7 +9,7 @@ import yaml
 
 from lesion.run import files
 
-LARGEST_FILE = 1 << 17  # bytes; a checkpoint's description has 2,000, a run's args.json (which is JSON, and quick) may have more
+LARGEST_FILE = 1 << 17  # bytes of YAML; JSON is quick and may have more
 DEEPEST = 32
 
 
@@ -28,7 +28,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read(path: Path) -> object:
-    """The value of a YAML or JSON file. ValueError, naming the file: neither, too long, nested too deeply, with aliases."""
+    """The value of a YAML or JSON file. ValueError, naming the file: neither, too long, too deep, with aliases."""
     data = Path(path).read_bytes()
     try:
         return files.parse_json(data)
@@ -38,5 +38,5 @@ def read(path: Path) -> object:
         raise ValueError(f"{path} has {len(data):,} bytes and is not JSON: YAML is read up to {LARGEST_FILE:,} bytes")
     try:
         return yaml.load(data.decode("utf-8-sig"), _Loader)  # a SafeLoader
-    except Exception as error:  # its constructors raise KeyError, AttributeError, IndexError, OverflowError ... on what is tagged wrongly
+    except Exception as error:  # KeyError, AttributeError, IndexError, OverflowError ...
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split()) or type(error).__name__}") from None

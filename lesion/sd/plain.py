@@ -1,5 +1,5 @@
-"""JSON and YAML that came with a checkpoint: plain data within bounds, or a ValueError. As lesion/run/files.py and plain_yaml.py have
-it for the rest: this room imports nothing of ours.
+"""JSON and YAML that came with a checkpoint: plain data within bounds, or a ValueError. As
+lesion/run/files.py and plain_yaml.py have it for the rest: this room imports nothing of ours.
 
 Proven by tests/sd/test_configs.py and tests/fuzz.
 """
@@ -16,7 +16,7 @@ LARGEST_YAML = 1 << 16  # bytes; v1-inference.yaml has 2,000
 
 
 def of_json(data: bytes | str) -> object:
-    """The value of a JSON text. ValueError: not JSON, nested too deeply, half a character, a number that no float can hold."""
+    """The value of a JSON text. ValueError: not JSON, nested too deeply, half a character, a number no float holds."""
     text = data if isinstance(data, str) else data.decode(json.detect_encoding(data))
     try:
         value = json.loads(text, parse_int=_whole)
@@ -57,7 +57,7 @@ class _Loader(yaml.SafeLoader):
 def of_yaml(file: Path) -> object:
     """The value of a YAML file without aliases. ValueError, whatever PyYAML's constructors raise."""
     if file.stat().st_size > LARGEST_YAML:
-        raise ValueError(f"it has {file.stat().st_size:,} bytes; a checkpoint's description has at most {LARGEST_YAML:,}")
+        raise ValueError(f"it has {file.stat().st_size:,} bytes: at most {LARGEST_YAML:,} are read")
     try:
         return yaml.load(file.read_bytes().decode(), _Loader)  # a SafeLoader
     except Exception as error:  # KeyError, AttributeError, IndexError, OverflowError ... of what is tagged wrongly

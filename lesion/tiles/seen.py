@@ -51,12 +51,13 @@ def files_of_lora(lora: Path) -> list[dict] | None:
 
 
 def read_provenance(path: Path) -> dict:
-    """What generate.py left beside its pictures, its `loras` a list of objects. ValueError, naming the file, for wrong types."""
+    """What generate.py left beside its pictures, its `loras` a list of objects. ValueError for wrong types."""
     record = files.read_json(path)
     loras = record["loras"] = record.get("loras") or []
     if not isinstance(loras, list) or not all(isinstance(lora, dict) for lora in loras):
         raise ValueError(f"{path} is damaged: its loras are no list of objects")
-    for place, name in [(record, "base"), (record, "base_sha256"), *((lora, key) for lora in loras for key in ("file", "sha256"))]:
+    named = [(lora, key) for lora in loras for key in ("file", "sha256")]
+    for place, name in [(record, "base"), (record, "base_sha256"), *named]:
         files.check_text(place.get(name), f"{path}: {name}")
     for lora in loras:
         try:

@@ -170,7 +170,7 @@ def load(folder: Path) -> dict:
     if seal not in (_seal(study), _first_seal(study)):
         raise ValueError(f"{path} was edited: a study's settings, tiles and readers stay; restore it from a copy")
     if not _is_whole(study):
-        raise ValueError(f"{path} was edited: its ids and settings are not those of a study; restore it from a copy")
+        raise ValueError(f"{path} was edited: its ids are not those of a study, or its settings; restore it from a copy")
     side = study["settings"]["resolution"]
     for tile in study["tiles"]:
         file = folder / "tiles" / f"{tile['id']}.png"
@@ -185,14 +185,16 @@ def load(folder: Path) -> dict:
 def _is_whole(study: dict) -> bool:
     """Whether every entry that is used has its type, and every id that becomes a path or an address its form."""
     try:
-        tiles, readers = study["tiles"], study["readers"]
-        ids = [(re.fullmatch(TILE, tile["id"]), re.fullmatch(r"real|synthetic", tile["class"]), type(tile["source_side"]) is int,
-                isinstance(tile["file_name"], str) and isinstance(tile["sha256"], str)) for tile in tiles]
-        ids += [(re.fullmatch(READER, reader["name"]), re.fullmatch(LINK, reader["link"])) for reader in readers]
-        return all(map(all, ids)) and all(type(study["settings"][name]) is kind for name, kind in SETTINGS.items()) and \
-            len({tile["id"] for tile in tiles}) == len(tiles) > 0 < len({reader["name"] for reader in readers}) == len(readers) and \
-            len({reader["link"] for reader in readers}) == len(readers) and study["settings"]["seed"] >= 0 and \
-            isinstance(study["organiser_token"], str) and isinstance(study.get("skipped", []), list)
+        settings, tiles, readers = study["settings"], study["tiles"], study["readers"]
+        formed = [re.fullmatch(TILE, tile["id"]) and tile["class"] in ("real", "synthetic") for tile in tiles]
+        formed += [re.fullmatch(READER, reader["name"]) and re.fullmatch(LINK, reader["link"]) for reader in readers]
+        typed = [type(settings[name]) is kind for name, kind in SETTINGS.items()] + [settings["seed"] >= 0]
+        typed += [type(tile["source_side"]) is int for tile in tiles]
+        typed += [isinstance(text, str) for tile in tiles for text in (tile["file_name"], tile["sha256"])]
+        typed += [isinstance(study["organiser_token"], str), isinstance(study.get("skipped", []), list)]
+        lists = [(tiles, "id"), (readers, "name"), (readers, "link")]
+        once = [0 < len(rows) == len({row[key] for row in rows}) for rows, key in lists]
+        return all(formed) and all(typed) and all(once)
     except (KeyError, TypeError):
         return False
 
@@ -264,7 +266,8 @@ def latest(rows: list[dict]) -> dict[str, dict]:
     for row in rows:
         if row["event"] == "answer":
             before = answers.get(row["tile"])
-            answers[row["tile"]] = {**dict.fromkeys(COLUMNS[5:]), "time": "", **row, "changes": before["changes"] + 1 if before else 0}
+            changes = before["changes"] + 1 if before else 0
+            answers[row["tile"]] = {**dict.fromkeys(COLUMNS[5:]), "time": "", **row, "changes": changes}
     return answers
 
 

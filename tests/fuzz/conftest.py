@@ -1,4 +1,5 @@
 """Hypothesis keeps nothing in the repository."""
+
 import tempfile
 
 from hypothesis.configuration import set_hypothesis_home_dir

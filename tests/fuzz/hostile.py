@@ -4,6 +4,7 @@ JSON, JSON lines, tables, YAML, zip, HDF5, pictures and safetensors, each with w
 writes: wrong types, numbers beyond every limit, nesting, half characters, control characters, names that are paths, keys
 twice, sizes that lie. tests/fuzz/boundaries.py says which reader gets which.
 """
+
 import copy
 import io
 import json
@@ -22,27 +23,127 @@ class Raw(str):
 
 class Twin(str):
     """A key that a dict holds beside its equal: JSON allows a key twice."""
+
     __hash__ = object.__hash__
     __eq__ = object.__eq__
 
 
-PATHS = ["../beside/x", "../../beside/x", "../../../beside/x.jpg", "/lesion-fuzz/x", "..\\beside\\x", "C:\\x", "C:x", "a/../../x",
-         "..", ".", "", " ", "/", "a/", "~/x", "a\0b", "x\ny", "-x", "con", ".hidden", "a" * 300, "e\u0301", "\u202egpj.x", "\U0001f642" * 70]
-TEXTS = [*PATHS, "\ud800", "x\udcff", "\x00", "\x1b]0;x\x07\x1b[2J", "a\r\nb", "\u2028", "NaN", "nan", "inf", "1e999", "0x10", "1_0", "\u0663",
-         "=1+1", "none", "{}", "[1]", "'", '"', "x" * 200_000]
-NUMBERS = [0, -1, 1, 2, 3, 7, 77, 1.5, -0.0, 5e-324, 1e308, float("nan"), float("inf"), -float("inf"), 2 ** 31, 2 ** 63, -2 ** 63, 10 ** 18,
-           10 ** 400, -10 ** 400, Raw("1" * 5000), Raw("1e999"), True, False, None]
-DEEP = [Raw(left * depth + "1" + right * depth) for depth in (30, 300, 800, 950, 1000, 3000, 100_000)
-        for left, right in (("[", "]"), ('{"a":', "}"))]
+PATHS = [
+    "../beside/x",
+    "../../beside/x",
+    "../../../beside/x.jpg",
+    "/lesion-fuzz/x",
+    "..\\beside\\x",
+    "C:\\x",
+    "C:x",
+    "a/../../x",
+    "..",
+    ".",
+    "",
+    " ",
+    "/",
+    "a/",
+    "~/x",
+    "a\0b",
+    "x\ny",
+    "-x",
+    "con",
+    ".hidden",
+    "a" * 300,
+    "e\u0301",
+    "\u202egpj.x",
+    "\U0001f642" * 70,
+]
+TEXTS = [
+    *PATHS,
+    "\ud800",
+    "x\udcff",
+    "\x00",
+    "\x1b]0;x\x07\x1b[2J",
+    "a\r\nb",
+    "\u2028",
+    "NaN",
+    "nan",
+    "inf",
+    "1e999",
+    "0x10",
+    "1_0",
+    "\u0663",
+    "=1+1",
+    "none",
+    "{}",
+    "[1]",
+    "'",
+    '"',
+    "x" * 200_000,
+]
+NUMBERS = [
+    0,
+    -1,
+    1,
+    2,
+    3,
+    7,
+    77,
+    1.5,
+    -0.0,
+    5e-324,
+    1e308,
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    2**31,
+    2**63,
+    -(2**63),
+    10**18,
+    10**400,
+    -(10**400),
+    Raw("1" * 5000),
+    Raw("1e999"),
+    True,
+    False,
+    None,
+]
+DEEP = [
+    Raw(left * depth + "1" + right * depth)
+    for depth in (30, 300, 800, 950, 1000, 3000, 100_000)
+    for left, right in (("[", "]"), ('{"a":', "}"))
+]
 BOXES = [[], {}, [[]], [None], [1, 2], ["x"], {"": None}, {"a": 1}, [{}], [0.5] * 4, {"x": ["y"]}, *DEEP]
-WORDS = [b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b'"', b"'", b",;\t|", b"nan", b"NaN", b"1e999", b"9" * 5000, b"[" * 2000, b'{"a":' * 2000, b"\r",
-         b"\n", b"\n\n", b"../", b"{}", b"null", b"\\ud800", b"\\u0000", b"\x1b[2J", b"-", b"\xed\xa0\x80", b"=", b" "]
+WORDS = [
+    b"\0",
+    b"\xff\xfe",
+    b"\xef\xbb\xbf",
+    b'"',
+    b"'",
+    b",;\t|",
+    b"nan",
+    b"NaN",
+    b"1e999",
+    b"9" * 5000,
+    b"[" * 2000,
+    b'{"a":' * 2000,
+    b"\r",
+    b"\n",
+    b"\n\n",
+    b"../",
+    b"{}",
+    b"null",
+    b"\\ud800",
+    b"\\u0000",
+    b"\x1b[2J",
+    b"-",
+    b"\xed\xa0\x80",
+    b"=",
+    b" ",
+]
 
 numbers, texts, boxes = map(st.sampled_from, (NUMBERS, TEXTS, BOXES))
 values = st.one_of(numbers, texts, boxes, st.integers(-2, 10), st.floats(), st.text(max_size=8))
 
 
 # --- bytes -----------------------------------------------------------------------------------------------------------
+
 
 @st.composite
 def damaged(draw, data):
@@ -52,15 +153,15 @@ def damaged(draw, data):
         place = draw(st.integers(0, len(found)))
         what = draw(st.sampled_from(("change", "flip", "cut", "word", "repeat", "end")))
         if what == "change":
-            found[place:place + 1] = draw(st.binary(max_size=4))
+            found[place : place + 1] = draw(st.binary(max_size=4))
         elif what == "flip" and place < len(found):
             found[place] ^= 1 << draw(st.integers(0, 7))
         elif what == "cut":
-            del found[place:place + draw(st.integers(1, 60))]
+            del found[place : place + draw(st.integers(1, 60))]
         elif what == "word":
             found[place:place] = draw(st.sampled_from(WORDS))
         elif what == "repeat":
-            found[place:place] = found[place:place + draw(st.integers(1, 400))] * draw(st.sampled_from((1, 2, 50)))
+            found[place:place] = found[place : place + draw(st.integers(1, 400))] * draw(st.sampled_from((1, 2, 50)))
         elif draw(st.integers(0, 3)) == 0:
             del found[place:]
     return bytes(found)
@@ -72,6 +173,7 @@ def spoilt(structured, plain):
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
+
 
 def dumps(value) -> str:
     """JSON text of a value with `Raw` and `Twin` in it; half characters as escapes, numbers as Python's json writes them."""
@@ -120,19 +222,25 @@ def edited(draw, value):
 
 def as_json(value):
     """An edited JSON document as bytes, in UTF-8 or, at times, another coding."""
-    coded = st.builds(lambda found, coding: dumps(found).encode(coding, "replace"), edited(value),
-                      st.sampled_from(["utf-8"] * 8 + ["utf-16", "utf-8-sig", "utf-32"]))
+    coded = st.builds(
+        lambda found, coding: dumps(found).encode(coding, "replace"),
+        edited(value),
+        st.sampled_from(["utf-8"] * 8 + ["utf-16", "utf-8-sig", "utf-32"]),
+    )
     return spoilt(coded, json.dumps(value).encode())
 
 
 def as_lines(rows):
     """Edited JSON lines; a row that is no object, and a list of all rows, among them."""
+
     def lines(found):
         return "".join(dumps(row) + "\n" for row in found) if isinstance(found, list) else dumps(found)
+
     return spoilt(edited(rows).map(lambda found: lines(found).encode()), lines(rows).encode())
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
+
 
 @st.composite
 def edited_table(draw, rows):
@@ -144,7 +252,9 @@ def edited_table(draw, rows):
         place = draw(st.integers(0, max(0, len(row) - 1)))
         what = draw(st.sampled_from(("put", "put", "put", "short", "long", "twice", "turn")))
         if what == "put" and row:
-            row[place] = draw(st.one_of(texts, st.text(max_size=8), numbers.map(str), st.sampled_from(sum(rows[:1], []) or ["x"])))
+            row[place] = draw(
+                st.one_of(texts, st.text(max_size=8), numbers.map(str), st.sampled_from(sum(rows[:1], []) or ["x"]))
+            )
         elif what == "short":
             del row[place:]
         elif what == "long":
@@ -165,12 +275,52 @@ def as_table(rows):
     return spoilt(edited_table(rows), "".join(",".join(map(str, row)) + "\n" for row in rows).encode())
 
 
-YAML = ["!!timestamp x", "!!bool maybe", "!!int ''", "!!float ''", "!!int 0x", "!!binary é", "!!set {a, b}", "!!python/object/apply:os.abort []",
-        "2001-99-99", "2001-01-01T00:00:00+99:99", "1:1:1.5" + ":1" * 300, "9" * 5000, "1:" + "59:" * 300 + "59.5", ".nan", "-.inf", "~", "=", "<<",
-        "&a [*a]", "*b", "[" * 900, "[" * 3000, "{a: " * 900, "- " * 900, "? [a]\n: b", "{[a]: b}", "{<<: 3}", "{<<: [1]}", "|\n x", "'", '"', "%YAML 9.9",
-        "--- a\n--- b", "\0", "\x1b", "!<tag:x>", "!x y", "@", "`", "a: b: c", "\ud800"]
+YAML = [
+    "!!timestamp x",
+    "!!bool maybe",
+    "!!int ''",
+    "!!float ''",
+    "!!int 0x",
+    "!!binary é",
+    "!!set {a, b}",
+    "!!python/object/apply:os.abort []",
+    "2001-99-99",
+    "2001-01-01T00:00:00+99:99",
+    "1:1:1.5" + ":1" * 300,
+    "9" * 5000,
+    "1:" + "59:" * 300 + "59.5",
+    ".nan",
+    "-.inf",
+    "~",
+    "=",
+    "<<",
+    "&a [*a]",
+    "*b",
+    "[" * 900,
+    "[" * 3000,
+    "{a: " * 900,
+    "- " * 900,
+    "? [a]\n: b",
+    "{[a]: b}",
+    "{<<: 3}",
+    "{<<: [1]}",
+    "|\n x",
+    "'",
+    '"',
+    "%YAML 9.9",
+    "--- a\n--- b",
+    "\0",
+    "\x1b",
+    "!<tag:x>",
+    "!x y",
+    "@",
+    "`",
+    "a: b: c",
+    "\ud800",
+]
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi"))
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi")
+)
 
 
 @st.composite
@@ -203,9 +353,11 @@ def as_yaml(text):
 
 # --- zip -------------------------------------------------------------------------------------------------------------
 
-FIELDS = {b"PK\1\2": ((8, 2), (10, 2), (16, 4), (20, 4), (24, 4), (28, 2), (30, 2), (32, 2), (34, 2), (42, 4)),
-          b"PK\3\4": ((6, 2), (8, 2), (14, 4), (18, 4), (22, 4), (26, 2), (28, 2)),
-          b"PK\5\6": ((4, 2), (8, 2), (10, 2), (12, 4), (16, 4), (20, 2))}
+FIELDS = {
+    b"PK\1\2": ((8, 2), (10, 2), (16, 4), (20, 4), (24, 4), (28, 2), (30, 2), (32, 2), (34, 2), (42, 4)),
+    b"PK\3\4": ((6, 2), (8, 2), (14, 4), (18, 4), (22, 4), (26, 2), (28, 2)),
+    b"PK\5\6": ((4, 2), (8, 2), (10, 2), (12, 4), (16, 4), (20, 2)),
+}
 LIES = [0, 1, 9, 10, 12, 14, 93, 95, 99, 255, 2048, 0x7FFF, 0xFFFF, 65 << 20, 0x7FFFFFFF, 0xFFFFFFFE, 0xFFFFFFFF]
 
 
@@ -219,8 +371,16 @@ def edited_zip(draw, members):
         place = draw(st.integers(0, len(items) - 1))
         name, data = items[place]
         other = draw(st.one_of(texts, st.sampled_from(list(members)))).encode("utf-8", "replace").decode()
-        items[place] = draw(st.sampled_from(((other[:60_000], data), (name.rpartition("/")[0] + "/" + other[:60_000] + ".jpg", data),
-                                             (name, draw(st.binary(max_size=40))), (name, items[-1][1]))))
+        items[place] = draw(
+            st.sampled_from(
+                (
+                    (other[:60_000], data),
+                    (name.rpartition("/")[0] + "/" + other[:60_000] + ".jpg", data),
+                    (name, draw(st.binary(max_size=40))),
+                    (name, items[-1][1]),
+                )
+            )
+        )
     with zipfile.ZipFile(stream, "w", draw(st.sampled_from((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)))) as archive:
         for name, data in items:
             info = zipfile.ZipInfo("x")
@@ -233,14 +393,16 @@ def edited_zip(draw, members):
         at, size = draw(st.sampled_from(FIELDS[mark]))
         if starts:
             start = draw(st.sampled_from(starts)) + at
-            found[start:start + size] = struct.pack("<I", draw(st.sampled_from(LIES)))[:size]
+            found[start : start + size] = struct.pack("<I", draw(st.sampled_from(LIES)))[:size]
     return bytes(found)
 
 
 # --- HDF5 ------------------------------------------------------------------------------------------------------------
 
+
 def _h5(file, name, kind, tile):
     import h5py
+
     if kind == "external link":
         file[name] = h5py.ExternalLink("../beside/secret.h5", "x")
     elif kind == "soft link":
@@ -260,7 +422,9 @@ def _h5(file, name, kind, tile):
     elif kind == "large":
         file.create_dataset(name, (60 << 20,), np.uint8, chunks=(1 << 20,), compression="gzip")
     elif kind == "packed":
-        file.create_dataset(name, data=np.frombuffer(tile, np.uint8), chunks=(64,), compression="gzip", shuffle=True, fletcher32=True)
+        file.create_dataset(
+            name, data=np.frombuffer(tile, np.uint8), chunks=(64,), compression="gzip", shuffle=True, fletcher32=True
+        )
     elif kind == "type":
         file[name] = np.dtype("f8")
     elif kind == "null":
@@ -275,23 +439,70 @@ def _h5(file, name, kind, tile):
     elif kind == "void list":
         file[name] = np.array([np.void(tile), np.void(tile[::-1])])
     else:
-        file[name] = {"void": np.void(tile), "uint8": np.frombuffer(tile, np.uint8), "int8": np.zeros(9, np.int8), "float": 5.0, "bool": True,
-                      "complex": 1j, "2-d": np.zeros((4, 4), np.uint8), "empty": np.zeros(0, np.uint8), "text": "x", "S": np.bytes_(tile[:99]),
-                      "compound": np.zeros(3, [("a", "f8"), ("b", "S4")]), "array": np.zeros(2, [("a", "u1", (3,))])}[kind]
+        file[name] = {
+            "void": np.void(tile),
+            "uint8": np.frombuffer(tile, np.uint8),
+            "int8": np.zeros(9, np.int8),
+            "float": 5.0,
+            "bool": True,
+            "complex": 1j,
+            "2-d": np.zeros((4, 4), np.uint8),
+            "empty": np.zeros(0, np.uint8),
+            "text": "x",
+            "S": np.bytes_(tile[:99]),
+            "compound": np.zeros(3, [("a", "f8"), ("b", "S4")]),
+            "array": np.zeros(2, [("a", "u1", (3,))]),
+        }[kind]
 
 
-H5_KINDS = ["void", "void", "uint8", "packed", "external link", "soft link", "hard link", "external", "virtual", "group", "huge", "large", "type",
-            "null", "bytes vlen", "numbers vlen", "reference", "void list", "int8", "float", "bool", "complex", "2-d", "empty", "text", "S",
-            "compound", "array"]
+H5_KINDS = [
+    "void",
+    "void",
+    "uint8",
+    "packed",
+    "external link",
+    "soft link",
+    "hard link",
+    "external",
+    "virtual",
+    "group",
+    "huge",
+    "large",
+    "type",
+    "null",
+    "bytes vlen",
+    "numbers vlen",
+    "reference",
+    "void list",
+    "int8",
+    "float",
+    "bool",
+    "complex",
+    "2-d",
+    "empty",
+    "text",
+    "S",
+    "compound",
+    "array",
+]
 
 
 @st.composite
 def edited_hdf5(draw, tiles):
     """A file of `tiles` {id: bytes} in which some are datasets of odd types, links, groups, or stored elsewhere; odd names."""
     import h5py
-    with h5py.File("fuzz.h5", "w", driver="core", backing_store=False, libver=draw(st.sampled_from(("earliest", "latest")))) as file:
+
+    with h5py.File(
+        "fuzz.h5", "w", driver="core", backing_store=False, libver=draw(st.sampled_from(("earliest", "latest")))
+    ) as file:
         for name, data in tiles.items():
-            name = draw(st.one_of(st.just(name), st.just(name), texts)).encode("utf-8", "replace").decode()[:200].replace("\0", "0")
+            name = (
+                draw(st.one_of(st.just(name), st.just(name), texts))
+                .encode("utf-8", "replace")
+                .decode()[:200]
+                .replace("\0", "0")
+                .strip("/")
+            )
             kind = draw(st.sampled_from(H5_KINDS))
             if name.strip("/. ") and name not in file:
                 _h5(file, name, kind, data)
@@ -301,18 +512,37 @@ def edited_hdf5(draw, tiles):
 
 # --- pictures --------------------------------------------------------------------------------------------------------
 
-SIDES = [0, 1, 2, 16, 24, 255, 7000, 7072, 13_300, 16_383, 65_500, 65_535, 2 ** 24, 2 ** 31 - 1, 2 ** 31, 2 ** 32 - 1]
+SIDES = [0, 1, 2, 16, 24, 255, 7000, 7072, 13_300, 16_383, 65_500, 65_535, 2**24, 2**31 - 1, 2**31, 2**32 - 1]
 
 
 def chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-PNG_MORE = [(b"tEXt", b"a\0" + b"b" * 99), (b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 22))), (b"iCCP", b"a\0\0" + zlib.compress(bytes(1 << 22))),
-            (b"iTXt", b"a\0\1\0\0\0" + zlib.compress(b"x")), (b"eXIf", b"MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6"), (b"eXIf", b""), (b"tRNS", b"\0"),
-            (b"tRNS", b""), (b"PLTE", b"\0" * 3), (b"PLTE", b"\0" * 769), (b"acTL", struct.pack(">II", 2, 0)), (b"acTL", b""), (b"fcTL", bytes(26)),
-            (b"fdAT", bytes(8)), (b"gAMA", b"\0"), (b"pHYs", b"\0"), (b"cHRM", b""), (b"sRGB", b""), (b"IDAT", b""), (b"IEND", b""), (b"IHDR", b""),
-            (b"xxxx", b"")]
+PNG_MORE = [
+    (b"tEXt", b"a\0" + b"b" * 99),
+    (b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 22))),
+    (b"iCCP", b"a\0\0" + zlib.compress(bytes(1 << 22))),
+    (b"iTXt", b"a\0\1\0\0\0" + zlib.compress(b"x")),
+    (b"eXIf", b"MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6"),
+    (b"eXIf", b""),
+    (b"tRNS", b"\0"),
+    (b"tRNS", b""),
+    (b"PLTE", b"\0" * 3),
+    (b"PLTE", b"\0" * 769),
+    (b"acTL", struct.pack(">II", 2, 0)),
+    (b"acTL", b""),
+    (b"fcTL", bytes(26)),
+    (b"fdAT", bytes(8)),
+    (b"gAMA", b"\0"),
+    (b"pHYs", b"\0"),
+    (b"cHRM", b""),
+    (b"sRGB", b""),
+    (b"IDAT", b""),
+    (b"IEND", b""),
+    (b"IHDR", b""),
+    (b"xxxx", b""),
+]
 
 
 @st.composite
@@ -320,8 +550,8 @@ def edited_png(draw, data):
     """A PNG with chunks added, doubled, taken out, and a header that lies, all under right checksums."""
     chunks, place = [], 8
     while place < len(data):
-        size = int.from_bytes(data[place:place + 4], "big")
-        chunks.append((data[place + 4:place + 8], data[place + 8:place + 8 + size]))
+        size = int.from_bytes(data[place : place + 4], "big")
+        chunks.append((data[place + 4 : place + 8], data[place + 8 : place + 8 + size]))
         place += 12 + size
     for _ in range(draw(st.integers(1, 3))):
         place = draw(st.integers(0, len(chunks) - 1)) if chunks else 0
@@ -330,7 +560,7 @@ def edited_png(draw, data):
             head = bytearray(chunks[0][1])
             if draw(st.booleans()):
                 start = draw(st.sampled_from((0, 4)))
-                head[start:start + 4] = struct.pack(">I", draw(st.sampled_from(SIDES)))
+                head[start : start + 4] = struct.pack(">I", draw(st.sampled_from(SIDES)))
             else:
                 head[draw(st.integers(8, 12))] = draw(st.sampled_from((0, 1, 2, 3, 4, 6, 8, 16, 255)))
             chunks[0] = b"IHDR", bytes(head)
@@ -341,13 +571,20 @@ def edited_png(draw, data):
         elif what == "twice" and chunks:
             chunks.insert(place, chunks[place])
         elif what == "pixels":
-            chunks = [(kind, zlib.compress(bytes(draw(st.sampled_from((0, 9, 5000, 1 << 20))))) if kind == b"IDAT" else item) for kind, item in chunks]
+            chunks = [
+                (kind, zlib.compress(bytes(draw(st.sampled_from((0, 9, 5000, 1 << 20))))) if kind == b"IDAT" else item)
+                for kind, item in chunks
+            ]
     return data[:8] + b"".join(chunk(*one) for one in chunks)
 
 
 def segments(data):
     """A JPEG's parts: each begins with a marker and goes to the next; what is coded stays with its scan's header."""
-    cuts = [place for place in range(len(data) - 1) if data[place] == 0xFF and data[place + 1] not in (0, 0xFF, *range(0xD0, 0xD8))]
+    cuts = [
+        place
+        for place in range(len(data) - 1)
+        if data[place] == 0xFF and data[place + 1] not in (0, 0xFF, *range(0xD0, 0xD8))
+    ]
     return [data[a:b] for a, b in zip(cuts, [*cuts[1:], len(data)])]
 
 
@@ -363,7 +600,7 @@ def edited_jpeg(draw, data):
                 if part[:1] == b"\xff" and part[1:2] in (b"\xc0", b"\xc1", b"\xc2") and len(part) > 12:
                     found = bytearray(part)
                     start = draw(st.sampled_from((5, 7)))
-                    found[start:start + 2] = struct.pack(">H", draw(st.sampled_from(SIDES)) & 0xFFFF)
+                    found[start : start + 2] = struct.pack(">H", draw(st.sampled_from(SIDES)) & 0xFFFF)
                     found[draw(st.integers(9, len(found) - 1))] = draw(st.sampled_from((0, 1, 0x11, 0x22, 0x44, 0xFF)))
                     parts[number] = bytes(found)
         elif what == "many" and parts:
@@ -373,7 +610,9 @@ def edited_jpeg(draw, data):
         elif what == "twice" and parts:
             parts.insert(draw(st.integers(0, len(parts))), parts[place])
         elif what == "length" and parts and len(parts[place]) > 4:
-            parts[place] = parts[place][:2] + struct.pack(">H", draw(st.sampled_from(SIDES)) & 0xFFFF) + parts[place][4:]
+            parts[place] = (
+                parts[place][:2] + struct.pack(">H", draw(st.sampled_from(SIDES)) & 0xFFFF) + parts[place][4:]
+            )
         elif what == "exif":
             body = b"Exif\0\0" + draw(st.sampled_from((b"MM\0*", b"II*\0", b""))) + draw(st.binary(max_size=60))
             parts[1:1] = [b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body]
@@ -386,7 +625,7 @@ def edited_words(draw, data, starts, order):
     found = bytearray(data)
     for _ in range(draw(st.integers(1, 3))):
         start = draw(st.sampled_from(starts))
-        found[start:start + 4] = struct.pack(order + "I", draw(st.sampled_from(SIDES)))
+        found[start : start + 4] = struct.pack(order + "I", draw(st.sampled_from(SIDES)))
     return bytes(found)
 
 
@@ -402,7 +641,12 @@ def pictures():
     found = []
     for data in (picture("PNG"), picture("PNG", "P"), picture("PNG", "LA"), picture("PNG", "1")):
         found.append(spoilt(edited_png(data), data))
-    for data in (picture("JPEG"), picture("JPEG", progressive=True), picture("JPEG", "CMYK"), picture("JPEG", "L", exif=Image.Exif())):
+    for data in (
+        picture("JPEG"),
+        picture("JPEG", progressive=True),
+        picture("JPEG", "CMYK"),
+        picture("JPEG", "L", exif=Image.Exif()),
+    ):
         found.append(spoilt(edited_jpeg(data), data))
     lossy, exact = picture("WEBP"), picture("WEBP", lossless=True, exif=b"Exif\0\0MM\0*")
     found += [spoilt(edited_words(data, list(range(4, 40)), "<"), data) for data in (lossy, exact)]
@@ -413,8 +657,29 @@ def pictures():
 
 # --- safetensors -----------------------------------------------------------------------------------------------------
 
-BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "U16": 16, "U32": 32, "U64": 64,
-        "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64, "X9": 8}
+BITS = {
+    "F64": 64,
+    "F32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "I64": 64,
+    "I32": 32,
+    "I16": 16,
+    "I8": 8,
+    "U8": 8,
+    "U16": 16,
+    "U32": 32,
+    "U64": 64,
+    "BOOL": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "C64": 64,
+    "X9": 8,
+}
 MOST = 2 << 20  # bytes of one tensor
 
 
@@ -449,16 +714,38 @@ def edited_tensors(draw, tensors, metadata):
             shape[place] = draw(st.sampled_from((0, 1, 2, 3, 4, 48, 96, 128, 1000, 50_000)))
             found[name][1] = shape
         elif what == "axes":
-            found[name][1] = draw(st.sampled_from(([], [1], [*shape, 1], [1, *shape], list(reversed(shape)), [0], [2, 2, 1, 1], [300, 300])))
+            found[name][1] = draw(
+                st.sampled_from(
+                    ([], [1], [*shape, 1], [1, *shape], list(reversed(shape)), [0], [2, 2, 1, 1], [300, 300])
+                )
+            )
         elif what == "take" and len(found) > 1:
             del found[name]
         elif what == "rename":
             stem, _, role = name.rpartition(".")
-            found[draw(st.sampled_from((f"{stem}.{role}x", f"{stem}.dora_scale", f"{stem}.alpha", f"x.{role}", "text_projection.x", f"{stem}.diff",
-                                        "\x1b[2J\n", "", "__metadata__ ")))] = found.pop(name)
+            found[
+                draw(
+                    st.sampled_from(
+                        (
+                            f"{stem}.{role}x",
+                            f"{stem}.dora_scale",
+                            f"{stem}.alpha",
+                            f"x.{role}",
+                            "text_projection.x",
+                            f"{stem}.diff",
+                            "\x1b[2J\n",
+                            "",
+                            "__metadata__ ",
+                        )
+                    )
+                )
+            ] = found.pop(name)
     said = draw(st.one_of(st.none(), st.just(metadata), edited(metadata)))
     if draw(st.integers(0, 3)) and isinstance(said, dict):
-        said = {key: item if isinstance(item, str) and not isinstance(item, Raw) else dumps(item)[:5000] for key, item in said.items()}
+        said = {
+            key: item if isinstance(item, str) and not isinstance(item, Raw) else dumps(item)[:5000]
+            for key, item in said.items()
+        }
     return tensors_file(found, said, draw(st.sampled_from((b"\0", b"\0", b"\x3c", b"\x7f", b"\xff", b"\1"))))
 
 
@@ -466,10 +753,13 @@ def edited_tensors(draw, tensors, metadata):
 def edited_header(draw, data):
     """A safetensors file with an edited header: shapes, offsets and types that do not fit, and a length that lies."""
     size = int.from_bytes(data[:8], "little")
-    header, body = json.loads(data[8:8 + size]), data[8 + size:]
+    header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
     found = packed(dumps(draw(edited(header))), body)
     if draw(st.integers(0, 5)) == 0:
-        found = struct.pack("<Q", draw(st.sampled_from((0, 1, 8, size - 1, size + 1, 10 ** 8, 2 ** 31, 2 ** 63, 2 ** 64 - 1)))) + found[8:]
+        found = (
+            struct.pack("<Q", draw(st.sampled_from((0, 1, 8, size - 1, size + 1, 10**8, 2**31, 2**63, 2**64 - 1))))
+            + found[8:]
+        )
     return found
 
 
