@@ -243,17 +243,14 @@ def fill_from_newest_run(args) -> None:
         args.lora = [(folder / "lora.safetensors", 1.0)] if folder else []
     first = args.lora[0][0] if args.lora else None
     beside = (first if first.is_dir() else first.parent) / "args.json" if first else None
-    run = files.read_json(beside) if beside and beside.is_file() else {}
-    for key in ("base", "tokenizer", "vae", "data", "label"):
-        if not isinstance(run.get(key, ""), str | None):
-            raise ValueError(f"{beside} is damaged: {key} is {run[key]!r}, expected text")
-    if args.base is None and "base" not in run:
+    run = folders.read_args(beside.parent) if beside else {}
+    if args.base is None and not run.get("base"):
         raise ValueError(f"which base model? {args.lora[0][0]} does not stand in a run folder: give --base")
     args.base = folders.named(args.base) or run["base"]
     args.tokenizer = args.tokenizer or (Path(run["tokenizer"]) if run.get("tokenizer") else None)
     args.vae = args.vae or run.get("vae")
     if args.prompt is None and not args.prompts_from:
-        if "data" not in run:
+        if not run.get("data"):
             raise ValueError("what to draw? give --prompt TEXT or --prompts-from DATA")
         args.prompts_from = Path(run["data"])
     args.label = args.label or run.get("label")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from lesion.classify import arms
 from lesion.run import cli, files, folders, lock, sums
+from lesion.tiles import seen
 
 SPARE = 1.25  # synthetic tiles drawn for one that is needed: copies are dropped
 
@@ -214,11 +215,11 @@ def execute(command: list[str]) -> int:
 def check_leaks(place: Place, rows: list[dict], tiles: Path) -> None:
     """ValueError if the fold's generator has seen a tile that is tested or chosen by, its patient or a near copy of it."""
     from lesion.classify import folds
-    for lora in files.read_json(tiles / "provenance.json")["loras"]:
+    for lora in seen.read_provenance(tiles / "provenance.json")["loras"]:
         if not lora["train_files"]:
-            raise ValueError(f"{place.name}: nothing says what the LoRA {lora['file']} has seen")
+            raise ValueError(f"{place.name}: nothing says what the LoRA {lora.get('file')} has seen")
         if found := folds.leaks(lora["train_files"], rows):
-            raise ValueError(f"{place.name}: the LoRA {lora['file']} has seen {len(found)} held-out tiles (first: {found[0]})")
+            raise ValueError(f"{place.name}: the LoRA {lora.get('file')} has seen {len(found)} held-out tiles (first: {found[0]})")
 
 
 # -------------------------------------------------------------------------------------------------------------- answer

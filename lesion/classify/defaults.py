@@ -5,6 +5,7 @@ Standard library only. Proven by tests/classify/test_defaults.py.
 from pathlib import Path
 
 from lesion.run import files, folders
+from lesion.tiles import seen
 
 STUDY = {"arch": "resnet50", "weights": "imagenet", "image_size": 128, "epochs": 12, "seeds": 5}  # for SD 1.5
 SMALL = {"arch": "resnet18", "weights": "none", "image_size": 64, "epochs": 4, "seeds": 1}        # for mini: minutes on a CPU
@@ -17,7 +18,7 @@ def fill(args) -> list[str]:
     study's, or on mini's tiles and the demo set a small one; there a ratio under 1 is taken where only so few tiles are drawn.
     """
     lines, run = [], folders.newest("*")
-    known = files.read_json(run / "args.json") if run and (run / "args.json").is_file() else {}
+    known = folders.read_args(run) if run else {}
     if args.data is None:
         args.data, _, _ = folders.default_inputs(Path(known["data"]) if known.get("data") else None, str(folders.MINI))
         lines.append(f"data: {args.data}" + (f", which {run} learnt from" if known.get("data") else ""))
@@ -52,14 +53,14 @@ def newest_tiles(data: Path) -> Path | None:
 def base_of(folder: Path) -> Path | None:
     """The base model that a folder of generate.py was drawn with, as it was named; None if it does not say."""
     path = Path(folder) / "provenance.json"
-    base = files.read_json(path).get("base") if path.is_file() else None
+    base = seen.read_provenance(path).get("base") if path.is_file() else None
     return Path(base) if base else None
 
 
 def _runs_of(provenance: Path) -> list[dict]:
     """args.json of the runs whose LoRA files the folder was drawn with."""
-    places = [Path(lora.get("file") or "").parent / "args.json" for lora in files.read_json(provenance).get("loras") or []]
-    return [files.read_json(place) for place in places if place.is_file()]
+    loras = seen.read_provenance(provenance)["loras"]
+    return [folders.read_args(Path(lora.get("file") or "").parent) for lora in loras]
 
 
 def ratio_for(args) -> float:

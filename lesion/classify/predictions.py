@@ -16,6 +16,7 @@ from lesion.stats import classification
 from lesion.tiles.seen import tile_id
 
 COLUMNS = ("id", "label", "score", "split", "patient")
+LONGEST = 1000  # characters of a cell: ids become arrays as wide as the longest
 
 
 @dataclass
@@ -59,14 +60,9 @@ def read(path: Path) -> Run:
     """The run of one file. ValueError, naming the line, for anything that is not a table as `write` makes it: missing
     columns, an unknown label or split, a score that is not a number in 0..1, an id tested twice, a class missing."""
     tests, validation = [], {}
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
-            raise ValueError(f"{path} has no column {missing[0]!r}: expected {', '.join(COLUMNS)} (written by "
-                             "classify.py)")
-        for number, row in enumerate(reader, 2):
-            item = _parse(row, f"{path}, line {number}")
-            (tests if row["split"] == "test" else validation.setdefault(item[4], [])).append(item)
+    for number, row in enumerate(_rows(path), 2):
+        item = _parse(row, f"{path}, line {number}")
+        (tests if row["split"] == "test" else validation.setdefault(item[4], [])).append(item)
     ids = [item[0] for item in tests]
     if len(set(ids)) < len(ids):
         doubled = next(name for name in ids if ids.count(name) > 1)
@@ -86,18 +82,34 @@ def read(path: Path) -> Run:
                patients if any(item[3] for item in tests) else None, np.array([limits[item[4]] for item in tests]))
 
 
+def _rows(path):
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
+                raise ValueError(f"{path} has no column {missing[0]!r}: expected {', '.join(COLUMNS)} (written by "
+                                 "classify.py)")
+            yield from reader
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a readable csv file: {error}") from None
+
+
 def _parse(row, place):
     """(id, label 0/1, score, patient, fold) of a line."""
+    if None in row or None in row.values():
+        raise ValueError(f"{place}: not as many cells as the header")
+    if max(map(len, row.values())) > LONGEST:
+        raise ValueError(f"{place}: a cell has over {LONGEST} characters")
     if row["label"] not in LABELS or row["split"] not in ("val", "test"):
         raise ValueError(f"{place}: label {row['label']!r}, split {row['split']!r}; allowed are "
                          f"{' and '.join(LABELS)}, val and test")
     try:
         score = float(row["score"])
-    except (TypeError, ValueError):
+    except ValueError:
         score = float("nan")
     if not 0 <= score <= 1:
         raise ValueError(f"{place}: score {row['score']!r} is not a probability in 0..1")
-    return row["id"], int(row["label"] == "malignant"), score, row["patient"] or "", row.get("fold") or ""
+    return row["id"], int(row["label"] == "malignant"), score, row["patient"], row.get("fold", "")
 
 
 def _arrays(items):

@@ -235,12 +235,14 @@ def _factors(
         raise ValueError(f"{path}: {name} has no lora_magnitude_vector, and the adapter's config says use_dora")
     try:
         if magnitude is not None:
-            return lycoris.dora(factors, magnitude, module)
-        if over_outputs is not None:
+            factors = lycoris.dora(factors, magnitude, module)
+        elif over_outputs is not None:
             inputs = over_outputs.ndim > 1 and over_outputs.shape[0] == 1 and shape[0] != 1
-            return lycoris.dora(factors, over_outputs, module, inputs)
+            factors = lycoris.dora(factors, over_outputs, module, inputs)
     except ValueError as error:
         raise ValueError(f"{path}: {name} has {error}") from None
+    if not (factors.down.isfinite().all() and factors.up.isfinite().all() and abs(factors.alpha) < float("inf")):
+        raise ValueError(f"{path}: {name} comes to NaN or infinity")
     return factors
 
 
@@ -277,7 +279,8 @@ def _plain(path: Path, name: str, parts: dict[str, Tensor], module: nn.Module, a
             "mid" in parts
             and parts["mid"].ndim == 4
             and down.shape[1:] == (module.in_channels, 1, 1)
-            and parts["mid"].shape[1] == rank
+            and parts["mid"].shape[1:] == (rank, *module.kernel_size)
+            and up.shape[1] == len(parts["mid"])
         ):
             down = lycoris.cp(down, parts["mid"])
         expected = [len(down), module.in_channels, *module.kernel_size], [module.out_channels, len(down), 1, 1]

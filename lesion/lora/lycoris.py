@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lesion.lora.layers import Factors
 
+MOST_TAPS = 49  # of a kernel: 7x7
 LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
 
@@ -26,6 +27,12 @@ def full(factors: Factors) -> Tensor:
     return factors.alpha / len(down) * (up @ down.flatten(1)).unflatten(1, down.shape[1:])
 
 
+def need(fits: bool) -> None:
+    """RuntimeError, as torch's own of shapes, before a product that would fill the memory."""
+    if not fits:
+        raise RuntimeError("shapes that do not make the weight")
+
+
 def cp(down: Tensor, mid: Tensor) -> Tensor:
     """LoCon's CP-decomposed convolution as one `down` [p,in,kh,kw]: sum_j mid[p,j,kh,kw] down[j,in]."""
     return torch.einsum("pjkl,ji->pikl", mid, down.flatten(1))
@@ -40,6 +47,9 @@ def loha(parts: dict[str, Tensor], shape: torch.Size, alpha: float | None) -> Fa
     w1_a, w1_b, w2_a, w2_b = (parts[name] for name in LOHA)
     rank = len(w1_b)
     scale = 1.0 if alpha is None else alpha / rank
+    axis = 1 if "hada_t1" in parts else 0
+    need(all(parts[name].ndim == 2 for name in LOHA) and {w1_a.shape[axis], w2_a.shape[axis]} == {shape[0]})
+    need(w1_b.shape[1] == w2_b.shape[1] and w1_b.shape[1] in (shape[1], shape[1:].numel()))
     if "hada_t1" in parts:
         return dense(
             scale * (tucker(parts["hada_t1"], w1_a, w1_b) * tucker(parts["hada_t2"], w2_a, w2_b)).reshape(shape)
@@ -67,10 +77,13 @@ def lokr(parts: dict[str, Tensor], shape: torch.Size, alpha: float | None, rank:
             whole[name] = parts[name]
             continue
         a, b = parts[f"{name}_a"], parts[f"{name}_b"]
+        rows = 1 if name == "lokr_w2" and "lokr_t2" in parts else 0
+        need(a.ndim == b.ndim == 2 and a.shape[rows] * b.shape[1] <= shape.numel())
         rank = rank or len(b)
         whole[name] = tucker(parts["lokr_t2"], a, b) if name == "lokr_w2" and "lokr_t2" in parts else a @ b
     scale = 1.0 if alpha is None or rank is None else alpha / rank
     w1, w2 = whole["lokr_w1"], whole["lokr_w2"]
+    need(w1.numel() * w2.numel() == shape.numel())
     if w2.ndim == 4:
         w1 = w1[:, :, None, None]
     return dense(scale * torch.kron(w1, w2.contiguous()).reshape(shape))
@@ -78,6 +91,7 @@ def lokr(parts: dict[str, Tensor], shape: torch.Size, alpha: float | None, rank:
 
 def tucker(core: Tensor, w_a: Tensor, w_b: Tensor) -> Tensor:
     """[out,in,kh,kw]: sum_ij core[i,j,kh,kw] w_a[i,out] w_b[j,in]."""
+    need(core.ndim == 4 and core.shape[:2] == (len(w_a), len(w_b)) and core.shape[2:].numel() <= MOST_TAPS)
     return torch.einsum("ijkl,ip,jr->prkl", core, w_a, w_b)
 
 

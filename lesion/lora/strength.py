@@ -4,11 +4,11 @@
 scale = alpha / r, with rsLoRA (arXiv:2312.03732) alpha / sqrt(r). An entry that changes what the adapter does, and is
 not built here, is refused. Proven by tests/lora/test_strength.py.
 """
-import json
 import math
 import re
 from pathlib import Path
 
+from lesion.run.files import parse_json
 from lesion.sd import configs
 from lesion.sd.configs import ANY
 
@@ -75,8 +75,8 @@ def of_file(path: Path, metadata: dict[str, str]) -> dict[str, dict]:
         config = configs.read_object(beside) if beside.is_file() else {}
         return dict.fromkeys(("unet", "text_encoder"), checked(config, str(beside)))
     try:
-        flat = json.loads(metadata["lora_adapter_metadata"])
-    except (ValueError, RecursionError) as error:
+        flat = parse_json(metadata["lora_adapter_metadata"])
+    except ValueError as error:
         raise ValueError(f"{path}: its lora_adapter_metadata is not JSON ({error})") from None
     if not isinstance(flat, dict):
         raise ValueError(f"{path}: its lora_adapter_metadata is not a JSON object")

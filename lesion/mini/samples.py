@@ -10,6 +10,7 @@ import numpy as np
 from lesion.classify import features
 from lesion.run import files
 from lesion.stats import fidelity, memorisation
+from lesion.tiles import seen
 from lesion.tiles.decode import load_tiles
 
 
@@ -26,13 +27,13 @@ def check(data: Path, folders: list[Path], features_from: Path | None = None) ->
     rows = [row for row in files.read_manifest(data) if row["label"] == "malignant"]
     vectors, images_u8 = features_of(data, rows)
     sets = {folder: (seen_by(folder), *features_of(folder, files.read_manifest(folder))) for folder in folders}
-    if not any(seen for seen, *_ in sets.values()):
+    if not any(known for known, *_ in sets.values()):
         raise ValueError("none of the folders of --samples was drawn with a LoRA")
     result = []
-    for folder, (seen, drawn, drawn_u8) in sets.items():
-        if not seen:
+    for folder, (known_files, drawn, drawn_u8) in sets.items():
+        if not known_files:
             continue
-        train = np.array([row["file_name"] in seen for row in rows])
+        train = np.array([row["file_name"] in known_files for row in rows])
         held = np.array([row["split"] in ("train", "val") for row in rows]) & ~train
         known = memorisation.pixel_vectors(images_u8[train])
         value, error = fidelity.kid(vectors[held], drawn)
@@ -49,7 +50,7 @@ def seen_by(folder: Path) -> set[str]:
     path = folder / "provenance.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no provenance.json: give folders of generate.py")
-    return {tile["file_name"] for lora in files.read_json(path)["loras"] for tile in lora["train_files"] or []}
+    return {tile["file_name"] for lora in seen.read_provenance(path)["loras"] for tile in lora["train_files"]}
 
 
 def median_distance(images_u8: np.ndarray, known: np.ndarray) -> float:

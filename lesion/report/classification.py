@@ -3,14 +3,13 @@
 Every sentence is derived from the numbers of `lesion.stats.comparison.analyse`; the rules that turn a number into a
 word are `comparison.verdict` and `finding`. Proven by tests/report/test_evaluate_script.py.
 """
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from lesion.classify import predictions
-from lesion.classify.arms import ARMS, CONTRASTS, PRIMARY
+from lesion.classify.arms import ARMS, CONTRASTS, LABELS, PRIMARY
 from lesion.report import plots
 from lesion.report.page import difference, figure, heading, interval, number, p_value, paragraph, table
 from lesion.run import files
@@ -39,7 +38,7 @@ def build(folder: Path, data: Path | None, shown: tuple[str, str] = ("W1", "S2")
     ValueError if the predictions are damaged, of different tests, or of other tiles than `data`'s.
     """
     runs = predictions.read_runs(folder)
-    args = json.loads((folder / "args.json").read_text(encoding="utf8")) if (folder / "args.json").is_file() else {}
+    args = read_args(folder)
     results = comparison.analyse(runs, CONTRASTS, primary=PRIMARY, progress=progress)
     results["subgroups"] = comparison.subgroups(runs, groups_of(data, runs)) if data else []
     results["run"] = {key: args.get(key) for key in ("arch", "weights", "image_size", "epochs", "batch_size", "lr",
@@ -48,6 +47,27 @@ def build(folder: Path, data: Path | None, shown: tuple[str, str] = ("W1", "S2")
                                                      "provenance")}
     figures = draw(runs, results, tuple(arm for arm in shown if arm in runs))
     return _blocks(results, figures, args), results, figures
+
+
+def read_args(folder: Path) -> dict:
+    """args.json of classify.py, {} where there is none. ValueError where the report would miss something in it."""
+    path = Path(folder) / "args.json"
+    if not path.is_file():
+        return {}
+    args = files.read_json(path)
+    try:
+        counts, made = args["counts"][0], args["provenance"]
+        numbers = [counts["added"], *(counts[part][label] for part in ("train", "val") for label in LABELS), args["lr"],
+                   *(args[name] for name in ("image_size", "epochs", "batch_size"))]
+        texts = [args[name] for name in ("arch", "augmentation", "data_sha256")]
+        texts += [made[name] for name in ("command", "lesion", "torch")]
+        whole = all(type(one) in (int, float) for one in numbers) and all(isinstance(one, str) for one in texts) and \
+            isinstance(args["synthetic_sha256"], str | None) and "weights" in args and "git_commit" in made
+    except (KeyError, TypeError, IndexError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} is damaged: it does not say how the run was made; restore it")
+    return args
 
 
 def groups_of(data: Path, runs: dict) -> dict[str, np.ndarray]:

@@ -45,7 +45,8 @@ def drop_copies(folder: Path, names: Iterable[str], out: Path) -> int:
 def refuse_foreign(folder: Path, out: Path) -> None:
     """ValueError if `out` holds anything that was not made from `folder` by `drop_copies`."""
     note = out / "dropped.json"
-    origin = Path(files.read_json(note).get("from", "")).resolve() if note.is_file() else None
+    made = files.read_json(note).get("from") if note.is_file() else None
+    origin = None if made is None else Path(files.check_text(made, f"{note}: from")).resolve()
     if out.exists() and any(out.iterdir()) and origin != folder.resolve():
         raise ValueError(f"{out} exists, is not empty and was not made from {folder}: give another folder for the tiles "
                          "without copies")

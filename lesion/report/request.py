@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lesion.run import files, folders
+from lesion.tiles import seen
 
 STUDIES = ("study.json", "*/study.json", "runs/*/study.json")
 SYNTHETIC = ("samples/*/provenance.json", "runs/*/provenance.json")
@@ -103,12 +104,12 @@ def _runs_of(provenance: Path) -> tuple[Path, ...]:
     """The runs of train_lora.py that taught the LoRA of a synthetic folder, if they hold that very file and a validation
     loss."""
     runs = []
-    for lora in files.read_json(provenance).get("loras", []):
+    for lora in seen.read_provenance(provenance)["loras"]:
         path = Path(lora.get("file") or "")
         run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
         metrics = run / "metrics.jsonl"
         if path.is_file() and metrics.is_file() and files.sha256_file(path) == lora.get("sha256") \
-                and any("val_loss" in row for row in files.read_jsonl(metrics)):
+                and any("val_loss" in row for row in folders.read_metrics(metrics)):
             runs.append(run)
     return tuple(dict.fromkeys(runs))
 
@@ -116,8 +117,7 @@ def _runs_of(provenance: Path) -> tuple[Path, ...]:
 def _data_of(*runs: Path | None) -> Path | None:
     """The prepared set that the first of the runs names in its args.json and that is still there; else the default one."""
     for run in filter(None, runs):
-        path = run / "args.json"
-        data = files.read_json(path).get("data") if path.is_file() else None
+        data = folders.read_args(run).get("data")
         if data and (Path(data) / files.MANIFEST).is_file():
             return Path(data)
     return next((data for data in (folders.ISIC, folders.DEMO) if (data / files.MANIFEST).is_file()), None)
@@ -138,5 +138,5 @@ def _weights(folder: Path):
     path = folder / "provenance.json"
     if not path.is_file():
         return folder
-    found = files.read_json(path)
-    return found.get("base_sha256"), [(lora.get("sha256"), lora.get("weight")) for lora in found.get("loras", [])]
+    found = seen.read_provenance(path)
+    return found.get("base_sha256"), [(lora.get("sha256"), lora.get("weight")) for lora in found["loras"]]

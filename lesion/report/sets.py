@@ -14,7 +14,7 @@ import numpy as np
 
 from lesion.classify import arms, features
 from lesion.describe import adherence, attributes, prompts
-from lesion.run import devices, files
+from lesion.run import devices, files, folders
 from lesion.stats import fidelity, inference, memorisation
 from lesion.tiles import seen
 from lesion.tiles.decode import load_tiles, recorded_norm
@@ -134,8 +134,8 @@ def _refuse_leaks(folder, held, notes):
     if not path.is_file():
         notes.append(f"{folder} has no provenance.json: which tiles its generator saw is not known.")
         return
-    for lora in files.read_json(path).get("loras", []):
-        if leaks := seen.overlap(lora.get("train_files") or [], held):
+    for lora in seen.read_provenance(path)["loras"]:
+        if leaks := seen.overlap(lora["train_files"], held):
             raise ValueError(f"the LoRA {lora.get('file')} of {folder} was trained on {len(leaks)} held-out tiles or "
                              f"their patients (first: {leaks[0]}): the comparison would be worthless")
 
@@ -305,7 +305,7 @@ def judge_training(runs: list[Path], material: Material, copies: dict | None) ->
         path = Path(run) / "metrics.jsonl"
         if not path.is_file():
             raise ValueError(f"{run} is not a run folder of train_lora.py: it has no metrics.jsonl")
-        points = [(row["step"], row["val_loss"]) for row in files.read_jsonl(path) if "val_loss" in row]
+        points = [(row["step"], row["val_loss"]) for row in folders.read_metrics(path) if "val_loss" in row]
         if not points:
             raise ValueError(f"{path} holds no validation loss: train with held-out tiles of the class")
         steps, losses = map(list, zip(*points))

@@ -110,11 +110,16 @@ def _inside(path: Path, row: dict) -> str:
     from PIL import Image
     if path.suffix != ".png" or row.get("source") != "synthetic":
         return ""
-    with Image.open(path) as picture:
-        text = getattr(picture, "text", {}).get("lesion")
+    try:
+        with Image.open(path, formats=("PNG",)) as picture:
+            text = picture.text.get("lesion")
+        drawn = None if text is None else files.parse_json(text)
+    except Exception as error:  # what Pillow raises on damaged bytes has no list
+        return f"cannot be read ({cli.one_line(error)})"
     if text is None:
         return ""
-    drawn = json.loads(text)
+    if not isinstance(drawn, dict):
+        return "says of itself what is no row"
     changed = sorted(key for key in drawn if row.get(key) != drawn[key])
     return f"was drawn with another {', '.join(changed)} than its row says" if changed else ""
 
@@ -186,13 +191,13 @@ def _report_numbers(folder, progress):
                 anew = (Path(place) / "report" / name).read_bytes().decode()
                 try:
                     stands = (folder / name).read_bytes().decode("utf-8", "replace")
-                    wrong = differences(json.loads(stands), json.loads(anew)) if name == "results.json" else [_lines(stands, anew)]
+                    wrong = differences(files.parse_json(stands), json.loads(anew)) if name == "results.json" else [_lines(stands, anew)]
                 except (OSError, ValueError) as error:
                     wrong = [f"cannot be read ({error})"]
                 yield f"{folder / name} computed anew", ""
                 for text in filter(None, wrong):
                     yield str(folder / name), text
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         yield f"{folder}, computed anew", f"cannot be: {error}"
 
 

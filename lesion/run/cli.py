@@ -11,6 +11,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 
+LONGEST = 2000  # signs of an error
+
 
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, defaults shown in --help; a bad flag ends in one line and exit code 2."""
@@ -21,7 +23,15 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**settings)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {one_line(message)} (see {self.prog} --help)\n")
+
+
+def one_line(error: object) -> str:
+    """What an error says, on one line of at most LONGEST signs. A file's own words may stand in it: what a terminal
+    would act upon is escaped."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = text if len(text) <= LONGEST else text[:LONGEST] + " ..."
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 class Terminated(KeyboardInterrupt):
@@ -41,7 +51,7 @@ def run(main: Callable[[], None], prog: str) -> None:
         except (ValueError, OSError) as error:
             if os.environ.get("LESION_DEBUG"):
                 raise
-            code, text = 2, " ".join(str(error).split())
+            code, text = 2, one_line(error)
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 text = f"the disk is full ({error.filename or text}); what was finished before is whole: make room, and go on"
         except Terminated:
@@ -122,13 +132,12 @@ def with_recipe(parser: argparse.ArgumentParser, argv: list[str] | None) -> list
     path = early.parse_known_args(argv)[0].recipe
     if path is None:
         return argv
-    import yaml
+    from lesion.run import plain_yaml
     try:
-        with open(path, encoding="utf-8") as file:
-            found = yaml.safe_load(file)  # JSON is YAML
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        found = plain_yaml.read(path)
+    except (OSError, ValueError) as error:
         parser.error(f"--recipe {path} cannot be read ({error})")
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         parser.error(f"--recipe {path} holds no flags: expected names and values, as in a run's args.json")
     given = []
     for name, value in found.items():

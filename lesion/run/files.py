@@ -26,7 +26,10 @@ TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # as mkstemp names them in `
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 MISSING = {"", "na", "n/a", "nan", "null", "none", "<na>"}
 IDS = frozenset({"isic_id", "patient_id", "lesion_id"})
-TEXTS = frozenset({"text", "caption", "prompt", "split", "sha256"})
+TEXTS = frozenset({"text", "caption", "prompt", "split", "sha256", "source", "license", "attribution"})
+DEEPEST = 100  # lists and objects within each other
+LONGEST_NUMBER = 300  # digits: a float has 308
+HALF = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON escapes half a surrogate pair, and the halves of a whole one
 KNOWN = (IDS | TEXTS | {"label", "attributes", "metadata"}) - {"prompt"}  # of these a hole is None; an empty prompt is a prompt
 
 
@@ -124,14 +127,35 @@ def read_json(path: Path) -> dict:
 
 
 def parse_json(data: bytes | str) -> object:
-    """The value of a JSON text; ValueError for anything else, nesting too deep and text too large for memory
-    included."""
+    """The value of a JSON text; ValueError for anything else, and for what no honest writer writes and readers would
+    stumble over: text too large for memory, nesting over DEEPEST, half a surrogate pair, a whole number that no float
+    can hold."""
+    text = data if isinstance(data, str) else data.decode(json.detect_encoding(data))
     try:
-        return json.loads(data)
+        value = _DECODER.decode(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except MemoryError:
         raise ValueError("too large for this machine's memory") from None
+    if text.count("[") + text.count("{") > DEEPEST and _is_deep(value, DEEPEST):
+        raise ValueError("nested too deeply")
+    if HALF.search(text):
+        check_text(json.dumps(value, ensure_ascii=False), "it")
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > LONGEST_NUMBER:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+_DECODER = json.JSONDecoder(parse_int=_whole)
+
+
+def _is_deep(value: object, left: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return left < 0 or any(_is_deep(item, left - 1) for item in inner)
 
 
 def append_jsonl(path: Path, *rows: dict) -> None:

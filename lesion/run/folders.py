@@ -170,7 +170,32 @@ def open_run(folder: Path, recipe: dict, resume: bool, free: tuple[str, ...] = (
     return True
 
 
+def read_metrics(path: Path) -> list[dict]:
+    """Rows of a run's log, in order. ValueError, naming the row, without a `step`, or with a value that is no finite
+    number; null is "not measured", which a loss never is."""
+    rows = files.read_jsonl(path)
+    for number, row in enumerate(rows, 1):
+        if type(row.get("step")) is not int or not 0 <= row["step"] < 2 ** 53:
+            raise ValueError(f"{path}, row {number}: it has no step, a whole number")
+        for name, value in row.items():
+            known = value is None and name not in ("loss", "val_loss")
+            if not known and (type(value) not in (int, float) or not abs(value) < float("inf")):
+                raise ValueError(f"{path}, row {number}: {name[:40]!r} is {str(value)[:40]!r}, "
+                                 "expected a finite number")
+    return rows
+
+
+def read_args(folder: Path) -> dict:
+    """args.json of a run folder, {} where there is none. ValueError where what others take from it is no text."""
+    path = Path(folder) / "args.json"
+    known = files.read_json(path) if path.is_file() else {}
+    for key in ("base", "tokenizer", "vae", "data", "label"):
+        if not isinstance(known.get(key), str | None):
+            raise ValueError(f"{path} is damaged: {key} is {known[key]!r}, expected text")
+    return known
+
+
 def cut_metrics(path: Path, last_step: int) -> None:
     """Drop the rows after `last_step`: a resumed run writes them again."""
     if Path(path).is_file():
-        files.write_jsonl(path, [row for row in files.read_jsonl(path) if row["step"] <= last_step])
+        files.write_jsonl(path, [row for row in read_metrics(path) if row["step"] <= last_step])

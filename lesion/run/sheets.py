@@ -49,7 +49,7 @@ def open_frames(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as picture:
             return np.stack([as_array(frame) for frame in ImageSequence.Iterator(picture)])
-    except (OSError, SyntaxError, ValueError, EOFError):
+    except Exception:  # what Pillow raises on damaged bytes has no list
         raise ValueError(f"{path} is damaged: no readable picture; delete it, and draw it again") from None
 
 

@@ -86,8 +86,11 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict]:
         digest, text = metadata[STATE].split(" ", 1)
         if digest != _sha256_state(tensors, text):
             raise ValueError("its content is not what was saved: the SHA-256 differs")
-        return tensors, json.loads(text)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        meta = files.parse_json(text)
+        if not isinstance(meta, dict):
+            raise ValueError(f"its JSON is no object, but {type(meta).__name__}")
+        return tensors, meta
+    except Exception as error:  # safetensors raises its own, torch's and Python's, by what is wrong with the file
         raise ValueError(f"{path} is damaged or not a saved state ({error})") from None
 
 

@@ -6,11 +6,11 @@ entry that is in no table, or has another value, stops the load and is named: su
 pictures. Sources: the signatures of diffusers' schedulers, `UNet2DConditionModel` and `AutoencoderKL`; CompVis
 `v1-inference.yaml`; ModelSpec 1.0.1 (github.com/Stability-AI/ModelSpec). Proven by tests/sd/test_configs.py.
 """
-import json
 import math
 import re
 from pathlib import Path
 
+from lesion.sd import plain
 from lesion.sd.clip import TOKENS, CLIPTextConfig
 from lesion.sd.unet import UNetConfig
 from lesion.sd.vae import LATENT_SCALE, VAEConfig
@@ -108,8 +108,8 @@ def read_object(file: Path) -> dict:
     """The JSON object in a file. ValueError, naming the file: not JSON, nested too deep, something other than an
     object."""
     try:
-        config = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
+        config = plain.of_json(file.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{file}: expected a JSON object, got {type(config).__name__}")

@@ -5,12 +5,10 @@ A1111's rule: `model.safetensors` is described by `model.yaml`. Proven by tests/
 """
 from pathlib import Path
 
-import yaml
-
+from lesion.sd import plain
 from lesion.sd.configs import ANY, scale, short
 from lesion.sd.vae import LATENT_SCALE
 
-LARGEST_FILE = 1 << 20  # bytes; v1-inference.yaml has 2,000
 SCALE = object()  # the latent scale: believed
 # fmt: off
 UNET = {
@@ -72,17 +70,10 @@ def latent_scale(file: Path) -> float:
     ValueError, one line that names the entry: not YAML, an entry that is not Stable Diffusion 1.x, or one that is not
     known.
     """
-    if file.stat().st_size > LARGEST_FILE:
-        raise ValueError(
-            f"{file} has {file.stat().st_size} bytes: a checkpoint's description has at most {LARGEST_FILE}"
-        )
     try:
-        text = file.read_text(encoding="utf8")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise ValueError(f"{file} uses YAML aliases, which no checkpoint's description needs")
-        config = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+        config = plain.of_yaml(file)
+    except ValueError as error:
+        raise ValueError(f"{file} is not YAML: {error}") from None
     found = {}
     _check(config, FILE, "", file, found)
     return found.get("scale", LATENT_SCALE)

@@ -4,8 +4,9 @@ is no error later.
 CLIP's byte-pair vocabulary (arXiv:1508.07909): 256 bytes, the same at a word's end, one token a merge, begin and end of
 text. Proven by tests/sd/test_vocabulary.py.
 """
-import json
 from pathlib import Path
+
+from lesion.sd import plain
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 BYTES = 512  # 256, in the middle of a word and at its end
@@ -56,7 +57,7 @@ def check_vocabulary(folder: Path, rows: int) -> None:
         raise ValueError(
             f"tokenizer folder {folder} pads with {pad!r} and Stable Diffusion 1.x with {END!r}; give --tokenizer DIR"
         )
-    new = _added_tokens(folder, whole.get("added_tokens"), config.get("added_tokens_decoder")) - both[0].keys()
+    new = _added_tokens(folder, whole.get("added_tokens"), config) - both[0].keys()
     size = len(both[0]) + len(new)
     if size != rows:
         words = f", {len(new)} of them added to CLIP's" if new else ""
@@ -67,16 +68,27 @@ def check_vocabulary(folder: Path, rows: int) -> None:
         )
 
 
-def _added_tokens(folder: Path, entries: object, decoder: object) -> set[str]:
-    """Tokens that were added to the vocabulary (textual inversion), in each of the three places where transformers
-    keeps them."""
-    listed = [*(entries if isinstance(entries, list) else []), *(decoder.values() if isinstance(decoder, dict) else [])]
-    added = [entry.get("content") if isinstance(entry, dict) else entry for entry in listed]
+def _added_tokens(folder: Path, entries: object, config: dict) -> set[str]:
+    """Tokens that were added to the vocabulary (textual inversion, special ones), in each of the places where
+    transformers keeps them."""
+    special = folder / "special_tokens_map.json"
+    named = {**config, **(_json(special) if special.is_file() else {})}
+    added = [*_tokens(entries or [])]
+    for name, value in named.items():
+        if name.endswith(("_token", "_tokens", "_tokens_decoder")) or isinstance(value, dict) and "content" in value:
+            added += [] if value is None or isinstance(value, bool) else _tokens(value)
     if (folder / "added_tokens.json").is_file():
         added += list(_json(folder / "added_tokens.json"))
     if not all(isinstance(token, str) for token in added):
         raise ValueError(f"tokenizer folder {folder}: an added token is not a text; give --tokenizer DIR")
     return set(added)
+
+
+def _tokens(value: object) -> list:
+    """The tokens of an entry as transformers writes it: a text, an object with `content`, or several of them."""
+    if isinstance(value, dict):
+        value = [value["content"]] if "content" in value else list(value.values())
+    return [token for one in value for token in _tokens(one)] if isinstance(value, list) else [value]
 
 
 def _whole_vocabulary(file: Path, ids: object, merges: list) -> dict[str, int]:
@@ -118,8 +130,8 @@ def id_of(value: object) -> int:
 
 def _json(file: Path) -> dict:
     try:
-        value = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
+        value = plain.of_json(file.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{file} is not JSON: {one_line(error)}; give --tokenizer DIR") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file}: expected a JSON object, got {type(value).__name__}; give --tokenizer DIR")

@@ -14,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 from lesion.sd import configs, names
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
+TYPES = frozenset({*(getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn",
+                   "float8_e5m2", "int64", "int32", "int16", "int8", "uint8", "bool"))})  # others cannot be computed with
 
 
 def pickled(file: Path) -> ValueError:
@@ -30,6 +32,9 @@ def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(file, framework="pt") as tensors:
             state = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 (not a dict)
+            odd = next((key for key, tensor in state.items() if tensor.dtype not in TYPES), None)
+            if odd is not None:
+                raise ValueError(f"{odd} is {state[odd].dtype}, which cannot be computed with here")
             return state, tensors.metadata() or {}
     except Exception as error:  # safetensors raises its own, torch's and Python's, by what is wrong with the file
         raise ValueError(

@@ -28,6 +28,7 @@ DARK = 20  # a border pixel's brightest channel is at most this (JPEG noise arou
 TILE_BYTES = 64 << 20  # encoded; the largest of ISIC's own challenges have under 20 MB
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # no other decoder is opened for a tile
 PIXELS = 50_000_000  # ISIC's largest have 24 million
+SCANS = 100  # of a JPEG; a progressive one has ten, and every one takes the time of all pixels
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}
@@ -53,6 +54,8 @@ def decode(data: bytes, square: bool = True) -> np.ndarray:
     """
     if data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:25] == b"\x10":
         raise ValueError("16 bits a channel, expected 8 bits a channel")  # Pillow would drop half of them in silence
+    if data[:2] == b"\xff\xd8" and (scans := data.count(b"\xff\xda")) > SCANS:
+        raise ValueError(f"{scans} scans: a JPEG has at most {SCANS}")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             if picture.width * picture.height > PIXELS:
@@ -80,6 +83,15 @@ def _orientation(picture: Image.Image) -> Image.Transpose | None:
         return TURNS.get(value[0] if isinstance(value, tuple) else value)
     except Exception:  # broken EXIF takes as many forms
         return None
+
+
+def size_of(file: Path | io.BytesIO) -> tuple[int, int]:
+    """(width, height) in a picture's header. ValueError for what `decode` would not open."""
+    try:
+        with Image.open(file, formats=FORMATS) as picture:
+            return picture.size
+    except Exception as error:
+        raise ValueError(str(error) or type(error).__name__) from None
 
 
 def remark(data: bytes) -> str | None:

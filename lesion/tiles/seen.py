@@ -50,6 +50,23 @@ def files_of_lora(lora: Path) -> list[dict] | None:
     return None
 
 
+def read_provenance(path: Path) -> dict:
+    """What generate.py left beside its pictures, its `loras` a list of objects. ValueError for wrong types."""
+    record = files.read_json(path)
+    loras = record["loras"] = record.get("loras") or []
+    if not isinstance(loras, list) or not all(isinstance(lora, dict) for lora in loras):
+        raise ValueError(f"{path} is damaged: its loras are no list of objects")
+    named = [(lora, key) for lora in loras for key in ("file", "sha256")]
+    for place, name in [(record, "base"), (record, "base_sha256"), *named]:
+        files.check_text(place.get(name), f"{path}: {name}")
+    for lora in loras:
+        try:
+            lora["train_files"] = _checked(lora.get("train_files") or [])
+        except ValueError as error:
+            raise ValueError(f"{path}, train_files: {error}") from None
+    return record
+
+
 def _checked(tiles: object) -> list[dict]:
     """A list of {file_name, sha256, patient_id} with known types; ValueError for anything else."""
     if not isinstance(tiles, list) or \
@@ -134,4 +151,4 @@ def values(rows: list[dict], key: str) -> set:
 
 
 def _listed(value):
-    return [] if not value else value if isinstance(value, list) else [value]
+    return [] if not value else [str(one) for one in (value if isinstance(value, list) else [value])]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lesion.lora import formats, layers
-from lesion.run.files import read_jsonl
+from lesion.run.folders import read_metrics
 from lesion.run.optim import load_optimizer_tensors, optimizer_tensors
 from lesion.run.state import fitting, grouped, load_newest, of_group, save_state
 from lesion.train.setup import Recipe
@@ -60,7 +60,7 @@ def load_checkpoint(folder: Path, networks: dict[str, nn.Module], optimizer: tor
     has none and so begins again. ValueError where what there is is damaged, or of another shape than this run."""
     found = load_newest(folder / STATE)
     if found is None:
-        logged = len(read_jsonl(folder / "metrics.jsonl")) if (folder / "metrics.jsonl").is_file() else 0
+        logged = len(read_metrics(folder / "metrics.jsonl")) if (folder / "metrics.jsonl").is_file() else 0
         if logged:
             say(f"{folder} has no saved state, only {logged} rows of its log: it begins again at step 0")
         return Progress()
@@ -69,6 +69,8 @@ def load_checkpoint(folder: Path, networks: dict[str, nn.Module], optimizer: tor
         say(note)
     with fitting(folder / STATE):
         at = Progress(*(meta[name] for name in vars(Progress())))
+        if not all(type(value) is int and value >= 0 for value in vars(at).values()):
+            raise ValueError(f"its steps are {vars(at)}, expected whole numbers")
         for name, network in networks.items():
             lora, alphas = of_group(tensors, f"lora.{name}"), layers.of_network(meta["alpha"], name)
             factors = {path: layers.Factors(lora[f"{path}.down"], lora[f"{path}.up"], alpha) for path, alpha in alphas.items()}

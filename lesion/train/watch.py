@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from lesion.run import devices, files, folders, sheets
-from lesion.run.files import atomic_path, read_jsonl
+from lesion.run.files import atomic_path
 from lesion.sd import pipeline, schedule
 from lesion.sd.checkpoint import StableDiffusion
 from lesion.sd.vae import to_images_u8, to_pixels
@@ -28,7 +28,7 @@ def loss_curve(metrics: Path, path: Path) -> None:
     """Training loss (each step and its running mean), by timestep quartile, and validation loss, from a run's metrics.jsonl."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    rows = read_jsonl(metrics)
+    rows = folders.read_metrics(metrics)
     train = [row for row in rows if "loss" in row]
     checks = [row for row in rows if "val_loss" in row]
     figure = Figure(figsize=(9, 3.6), layout="constrained")

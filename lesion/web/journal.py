@@ -29,6 +29,8 @@ try:
 except ImportError:  # Windows: no lock between processes
     fcntl = None
 
+from lesion.run.files import parse_json
+
 
 class Journal:
     """Rows of an append-only file, for one process and any number of threads."""
@@ -103,8 +105,8 @@ def read_journal(path: Path, check: Callable[[dict], None] | None = None) -> tup
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
+            row = parse_json(line)
+        except ValueError as error:
             bad.append((number, f"not JSON ({error})"))
             continue
         if not isinstance(row, dict):

@@ -136,6 +136,7 @@ class Desk:
         if not isinstance(text, str) or not text.strip() or len(text) > 200:
             raise ValueError("search for 1 to 200 characters of an id, a comment or a sentence")
         wanted = text.strip().casefold()
+        after = min(max(after, -1), len(self.rows) - 1)
         for number, row in enumerate(self.rows):
             if wanted in (self.identity(number).casefold(), row["file_name"].casefold(), Path(row["file_name"]).stem.casefold()):
                 return number

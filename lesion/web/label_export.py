@@ -40,20 +40,23 @@ def read_labels_csv(path: Path, rows: list[dict], annotator: str, labels: label_
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8: save it as CSV in UTF-8") from None
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=_delimiter(text))
-    columns = [name.strip() for name in reader.fieldnames or ()]
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=_delimiter(text))
+        columns = [name.strip() for name in reader.fieldnames or ()]
+        table = [(reader.line_num, cells) for cells in reader]
+    except csv.Error as error:
+        raise ValueError(f"{path} is not a readable csv file: {error}") from None
     if not {"file_name", "isic_id"} & set(columns):
         raise ValueError(f"{path}: no column file_name or isic_id: the first line must name the columns, "
                          f"{', '.join(COLUMNS)}")
     if unknown := [name for name in columns if name not in COLUMNS]:
         raise ValueError(f"{path}: no column {unknown[0]!r} is known: allowed are {', '.join(COLUMNS)}")
-    reader.fieldnames = columns
     by_name = {row["file_name"]: row for row in rows}
     by_id = {str(row["isic_id"]): row for row in rows if row.get("isic_id")}
     events, seen = [], set()
-    for cells in reader:
-        where = f"{path}, line {reader.line_num}"
-        cells = {name: plain_cell((value or "").strip()) for name, value in cells.items() if isinstance(name, str)}
+    for line, cells in table:
+        where = f"{path}, line {line}"
+        cells = {name.strip(): plain_cell((value or "").strip()) for name, value in cells.items() if isinstance(name, str)}
         if cells.get("annotator", annotator) not in (annotator, ""):
             continue
         row = by_name.get(cells.get("file_name")) or by_id.get(cells.get("isic_id"))

@@ -35,6 +35,7 @@ except ImportError:  # Windows: no lock between processes
     fcntl = None
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+LINK = "[A-Za-z0-9_-]{16,64}"
 MAX_COMMENT = 1000  # characters
 PAUSE_S = 300  # a longer gap between two tiles is a pause, not work
 
@@ -277,7 +278,9 @@ def people(folder: Path, names: list[str]) -> tuple[str, dict[str, str]]:
     """
     path = Path(folder) / "labels" / "links.json"
     known = files.read_json(path) if path.exists() else {"secret": secrets.token_urlsafe(24), "links": {}}
-    if not isinstance(known.get("secret"), str) or not isinstance(known.get("links"), dict):
+    there = known.get("links")
+    if not isinstance(there, dict) or not all(isinstance(one, str) and re.fullmatch(LINK, one) for one in (
+            known.get("secret"), *there.values())) or len(set(there.values())) < len(there):
         raise ValueError(f"{path} was edited: remove it to give everyone a new link")
     if twice := [name for number, name in enumerate(names) if name.casefold() in {n.casefold() for n in names[:number]}]:
         raise ValueError(f"two people named {twice[0]}: everyone needs a name of their own")

@@ -31,6 +31,8 @@ from lesion.web.tables import write_table
 FORMAT = 1
 TILE, READER, LINK = r"[0-9a-f]{16}", r"reader-[0-9]{1,4}", r"[A-Za-z0-9_-]{16,64}"  # ids that become paths and addresses
 SPLITS = ("held-out", "test", "val", "train", "all")
+SETTINGS = {"real": str, "synthetic": str, "count": int, "label": str, "split": str, "resolution": int, "seed": int,
+            "allow_back": bool, "question_malignancy": bool}
 COLUMNS = ("reader", "position", "tile", "class", "file_name", "rating", "malignant", "client_s", "server_s", "changes",
            "by", "time")
 
@@ -143,7 +145,7 @@ def _provenance(real, synthetic, synthetic_rows):
     def manifest(source):
         description = source / "dataset.json"
         return {"manifest_sha256": files.sha256_file(source / files.MANIFEST),
-                "dataset": json.loads(description.read_bytes()) if description.is_file() else None}
+                "dataset": files.read_json(description) if description.is_file() else None}
     loras = {json.dumps(row.get("lora_sha256")) for row in synthetic_rows}
     bases = {json.dumps(row.get("base_sha256")) for row in synthetic_rows}
     return {"real": manifest(real), "synthetic": manifest(synthetic), "lora_sha256": sorted(loras),
@@ -159,7 +161,7 @@ def load(folder: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"{folder} is not a study: it has no study.json; give --real and --synthetic to make one")
     try:
-        study = json.loads(path.read_bytes())
+        study = files.parse_json(path.read_bytes())
         format_number, seal = study["format"], study["seal"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} was cut or edited: restore it from a copy") from None
@@ -167,9 +169,8 @@ def load(folder: Path) -> dict:
         raise ValueError(f"{path} has format {format_number!r}, this program reads {FORMAT}")
     if seal not in (_seal(study), _first_seal(study)):
         raise ValueError(f"{path} was edited: a study's settings, tiles and readers stay; restore it from a copy")
-    if not all(re.fullmatch(TILE, str(tile["id"])) for tile in study["tiles"]) or not all(
-            re.fullmatch(READER, str(reader["name"])) and re.fullmatch(LINK, str(reader["link"])) for reader in study["readers"]):
-        raise ValueError(f"{path} was edited: its ids are not those of a study; restore it from a copy")
+    if not _is_whole(study):
+        raise ValueError(f"{path} was edited: its ids are not those of a study, or its settings; restore it from a copy")
     side = study["settings"]["resolution"]
     for tile in study["tiles"]:
         file = folder / "tiles" / f"{tile['id']}.png"
@@ -179,6 +180,23 @@ def load(folder: Path) -> dict:
         if hashlib.sha256(data).hexdigest() != tile["sha256"]:
             raise ValueError(f"{file} {study_tiles.what_changed(data, side)}: restore it from a copy")
     return study
+
+
+def _is_whole(study: dict) -> bool:
+    """Whether every entry that is used has its type, and every id that becomes a path or an address its form."""
+    try:
+        settings, tiles, readers = study["settings"], study["tiles"], study["readers"]
+        formed = [re.fullmatch(TILE, tile["id"]) and tile["class"] in ("real", "synthetic") for tile in tiles]
+        formed += [re.fullmatch(READER, reader["name"]) and re.fullmatch(LINK, reader["link"]) for reader in readers]
+        typed = [type(settings[name]) is kind for name, kind in SETTINGS.items()] + [settings["seed"] >= 0]
+        typed += [type(tile["source_side"]) is int for tile in tiles]
+        typed += [isinstance(text, str) for tile in tiles for text in (tile["file_name"], tile["sha256"])]
+        typed += [isinstance(study["organiser_token"], str), isinstance(study.get("skipped", []), list)]
+        lists = [(tiles, "id"), (readers, "name"), (readers, "link")]
+        once = [0 < len(rows) == len({row[key] for row in rows}) for rows, key in lists]
+        return all(formed) and all(typed) and all(once)
+    except (KeyError, TypeError):
+        return False
 
 
 def _seal(study: dict) -> str:
@@ -231,6 +249,8 @@ def row_check(study: dict):
             raise ValueError(f"rating {rating!r}: allowed are 1 to 6")
         if type(malignant) is not (bool if asks else type(None)):
             raise ValueError(f"malignant {malignant!r}: allowed is {'true or false' if asks else 'null'}")
+        if not isinstance(row.get("time", ""), str):
+            raise ValueError(f"time {row.get('time')!r}: allowed is text")
         for name in ("client_s", "server_s"):
             value = row.get(name)
             if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
@@ -246,7 +266,8 @@ def latest(rows: list[dict]) -> dict[str, dict]:
     for row in rows:
         if row["event"] == "answer":
             before = answers.get(row["tile"])
-            answers[row["tile"]] = {**row, "changes": before["changes"] + 1 if before else 0}
+            changes = before["changes"] + 1 if before else 0
+            answers[row["tile"]] = {**dict.fromkeys(COLUMNS[5:]), "time": "", **row, "changes": changes}
     return answers
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lesion.tiles.decode import load_tiles
+from lesion.tiles.decode import load_tiles, size_of
 
 JPEG = {"quality": 75, "subsampling": 2}  # ISIC 2024's own tables
 
@@ -18,9 +18,8 @@ def common_size(source: Path, rows: list[dict]) -> int:
     sizes = set()
     for row in rows:
         try:
-            with Image.open(source / row["file_name"]) as picture:
-                sizes.add(picture.size)
-        except OSError:
+            sizes.add(size_of(source / row["file_name"]))
+        except ValueError:
             continue  # encode_rows names it
     if len(sizes) != 1 or len(set(next(iter(sizes)))) != 1:
         listed = ", ".join(f"{width}x{height}" for width, height in sorted(sizes)) or "unreadable"
@@ -42,8 +41,7 @@ def encode_rows(source: Path, rows: list[dict], count: int, resolution: int):
             continue
         unreadable += tiles.unreadable
         for row, image in zip(tiles.rows, tiles.images_u8, strict=True):
-            with Image.open(source / row["file_name"]) as picture:
-                chosen.append((row, min(picture.size), encode(image)))
+            chosen.append((row, min(size_of(source / row["file_name"])), encode(image)))
     return chosen, unreadable
 
 
@@ -61,9 +59,9 @@ def encode(image: np.ndarray) -> bytes:
 def what_changed(data: bytes, side: int) -> str:
     """In words, how a served tile differs from the one the study was made with; the whole tile is `side` pixels wide."""
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            if picture.size != (side, side):
-                return f"is {picture.size[0]}x{picture.size[1]} pixels, the other tiles {side}x{side}"
-    except OSError:
+        width, height = size_of(io.BytesIO(data))
+    except ValueError:
         return "is not a picture any more"
+    if (width, height) != (side, side):
+        return f"is {width}x{height} pixels, the other tiles {side}x{side}"
     return "is not the tile the study was made with (its hash differs)"

@@ -436,3 +436,13 @@ def test_mutated_hdf5(tmp_path):
         if source:
             assert {type(tile) for _, tile in source.read(list(source.where))} <= {bytes, ValueError}
             assert all(len(source.stamp(i)) == 2 for i in source.where)
+
+
+def test_a_picture_of_too_many_scans_is_not_decoded():
+    """A progressive JPEG whose last scan comes 500 times: each would cost the time of all pixels."""
+    stream = io.BytesIO()
+    Image.new("RGB", (64, 64), (200, 150, 130)).save(stream, "JPEG", progressive=True)
+    data = stream.getvalue()
+    last = data.rindex(b"\xff\xda")
+    with pytest.raises(ValueError, match="scans: a JPEG has at most 100"):
+        decode.decode(data[:last] + data[last:-2] * 500 + data[-2:])
