@@ -33,7 +33,7 @@ METRICS = {
     "precision_chosen": Metric("precision at the chosen threshold"),
     "recall_spec90": Metric("recall at 90 % specificity", "recall at 90 %\nspecificity", least=50),
     "recall_spec95": Metric("recall at 95 % specificity", least=50),
-    "pauc": Metric("pAUC (TPR ≥ 80 %)", ceiling=0.2, least=50),
+    "pauc": Metric("pAUC (TPR ≥ 80 %)", ceiling=0.2, least=None),
     "brier": Metric("Brier score", lower_is_better=True),
     "ece": Metric("ECE", lower_is_better=True, least=None),
 }

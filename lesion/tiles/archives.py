@@ -1,7 +1,7 @@
-"""Tiles in an archive on this machine: the official zip, or several, Kaggle's zip and hdf5 file, read in place.
+"""Tiles in an archive on this machine: the official zip, or several, and Kaggle's, read in place.
 
-What an archive says of itself is not believed: sizes are bounded before anything is unpacked, hdf5 links and external
-storage are refused. Proven by tests/tiles/test_isic.py and tests/tiles/test_hostile.py.
+What an archive says of itself is not believed: sizes are bounded before anything is unpacked.
+Proven by tests/tiles/test_isic.py and tests/tiles/test_hostile.py.
 """
 import os
 import re
@@ -9,12 +9,12 @@ import zipfile
 from pathlib import Path
 
 from lesion.tiles.decode import TILE_BYTES
+from lesion.tiles.hdf5 import DAMAGED
 from lesion.tiles.names import arrange, is_hidden
-from lesion.tiles.source import Source, origin_of, tile_id
-from lesion.tiles.tables import READ_ERRORS, TABLE_BYTES, Table, bare_id
+from lesion.tiles.source import Source, origin_of
+from lesion.tiles.tables import TABLE_BYTES, Table
 
 RATIO = 200  # a table packs 5 to 10 times; what unpacks to more than this times its size is made to fill a memory
-DAMAGED = (*READ_ERRORS, KeyError, TypeError, AttributeError, IndexError, RecursionError, ValueError)
 
 
 def _open_zip(path: Path) -> zipfile.ZipFile:
@@ -101,57 +101,3 @@ def zips(paths: list[Path], label_map: dict[str, str] | None = None) -> Source:
                   [zip_table(archives[number_of[name]], members[name]) for name in tables_in(members)], found.labels,
                   given=found.given, suffix=lambda i: os.path.splitext(where[i])[1].lower(), notes=found.notes,
                   skipped=found.skipped, unlabelled=found.unlabelled)
-
-
-def hdf5(path: Path) -> Source:
-    """The tiles of Kaggle's train-image.hdf5: one dataset of encoded bytes a tile, named by its isic_id.
-
-    A tile that is a link, stored outside the file, no bytes, or larger than TILE_BYTES is unreadable, and why is said.
-    """
-    import h5py
-    try:
-        handle = h5py.File(path, "r")
-        names = list(handle.keys())
-    except DAMAGED as error:
-        raise ValueError(f"{path} is not a readable hdf5 file: {error or type(error).__name__}") from None
-    where, size = {}, path.stat().st_size
-    for name in names:
-        isic_id = tile_id(bare_id(name), path.name)
-        if where.setdefault(isic_id, name) != name:
-            raise ValueError(f"{path.name} holds {isic_id} twice: {where[isic_id]} and {name}")
-
-    def dataset(name):
-        if not isinstance(handle.get(name, getlink=True), h5py.HardLink):
-            raise ValueError(f"{path.name}: {name} is a link: only tiles stored in the file itself are read")
-        tile = handle[name]
-        if not isinstance(tile, h5py.Dataset):
-            raise ValueError(f"{path.name}: {name} is a group, not a tile")
-        if tile.external or tile.is_virtual:
-            raise ValueError(f"{path.name}: {name} is stored in another file: only tiles stored in the file itself are "
-                             f"read")
-        if tile.dtype.kind not in "VSu" or tile.dtype.kind == "u" and tile.dtype.itemsize > 1 or tile.ndim > 1:
-            raise ValueError(f"{path.name}: {name} is {tile.dtype} {list(tile.shape)}: the encoded bytes of a picture "
-                             f"are expected")
-        if int(tile.dtype.itemsize) * int(tile.size) > TILE_BYTES:
-            raise ValueError(f"{path.name}: {name} has {int(tile.dtype.itemsize) * int(tile.size):,} bytes: a tile has "
-                             f"at most "
-                             f"{TILE_BYTES >> 20} MiB")
-        return tile
-
-    def read(ids):
-        import numpy as np
-        for isic_id in ids:
-            try:
-                yield isic_id, np.asarray(dataset(where[isic_id])[()]).tobytes()
-            except DAMAGED as error:
-                yield isic_id, error if type(error) is ValueError else ValueError(f"{path.name}: "
-                                                                                  f"{error or type(error).__name__}")
-
-    def stamp(isic_id):
-        try:
-            tile = dataset(where[isic_id])
-            return [int(tile.dtype.itemsize) * int(tile.size), size]
-        except DAMAGED:
-            return [-1, size]
-
-    return Source("hdf5 file", where, read, stamp, lambda i: origin_of(path.name))

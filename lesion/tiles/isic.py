@@ -15,7 +15,7 @@ import re
 import shlex
 from pathlib import Path
 
-from lesion.tiles import archives, loose
+from lesion.tiles import archives, hdf5, loose
 from lesion.tiles.source import SUFFIXES, Source, label_table_of, matched, read_groups, read_labels
 from lesion.tiles.tables import LABEL_COLUMNS, Table, file_table, header_of
 
@@ -82,7 +82,7 @@ def _tiles(path: Path, folder: Path, label_map: dict[str, str] | None) -> tuple[
     """The tiles at `path`, and the names their label tables would have."""
     suffix = path.suffix.lower() if path.is_file() else ""
     if suffix in (".hdf5", ".h5"):
-        return archives.hdf5(path), {"train-metadata.csv"}
+        return hdf5.source(path), {"train-metadata.csv"}
     if suffix not in ("", ".zip"):
         raise ValueError(f"--source {path} is not a folder, .zip, .hdf5 or .csv file")
     zips = [path] if suffix else sorted((p for p in folder.glob("*.zip") if not p.name.startswith(".")),
@@ -94,7 +94,7 @@ def _tiles(path: Path, folder: Path, label_map: dict[str, str] | None) -> tuple[
             source.skipped["loose tiles beside the zip"] += beside
         return source, {label_table_of(p.name).lower() for p in zips}
     if (folder / "train-image.hdf5").is_file() and not (folder / "train-image").is_dir():
-        return archives.hdf5(folder / "train-image.hdf5"), {"train-metadata.csv"}
+        return hdf5.source(folder / "train-image.hdf5"), {"train-metadata.csv"}
     return loose.folder(folder, label_map), set()
 
 

@@ -201,14 +201,7 @@ def place(tmp_path, monkeypatch):
 @pytest.mark.parametrize("reader", boundaries.READERS, ids=lambda reader: reader.name)
 def test_a_reader_returns_or_refuses(reader, place, capsys):
     """Each case within the time, the memory and the folder that it is allowed."""
-    if reader.known and not COUNT:
-        pytest.skip(reader.known)
-    try:
-        line = run(reader, place)
-    except AssertionError as error:
-        if not reader.known:
-            raise
-        pytest.xfail(f"{reader.known}: {error}"[:300])
+    line = run(reader, place)
     if COUNT:
         with capsys.disabled():
             print(f"\n{line}", flush=True)

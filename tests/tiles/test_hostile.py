@@ -4,6 +4,7 @@ import io
 import json
 import os
 import resource
+import signal
 import socket
 import struct
 import threading
@@ -20,6 +21,7 @@ from PIL import Image
 from lesion import prepare
 from lesion.run import files
 from lesion.tiles import archives, decode, isic, remote, tables
+from lesion.tiles import hdf5 as hdf5_tiles
 
 PATHS = ["../../../x", "/tmp/x", "a/../../x", "..\\x", "C:\\x", "C:x", "..", "a\0b", "x\ny"]
 
@@ -432,7 +434,7 @@ def test_mutated_hdf5(tmp_path):
         path = tmp_path / f"{number}" / "train-image.hdf5"
         path.parent.mkdir()
         path.write_bytes(found)
-        source = judged(archives.hdf5, path)
+        source = judged(hdf5_tiles.source, path)
         if source:
             assert {type(tile) for _, tile in source.read(list(source.where))} <= {bytes, ValueError}
             assert all(len(source.stamp(i)) == 2 for i in source.where)
@@ -446,3 +448,22 @@ def test_a_picture_of_too_many_scans_is_not_decoded():
     last = data.rindex(b"\xff\xda")
     with pytest.raises(ValueError, match="scans: a JPEG has at most 100"):
         decode.decode(data[:last] + data[last:-2] * 500 + data[-2:])
+
+
+@pytest.mark.parametrize("how", ["hangs", "dies"])
+def test_an_hdf5_library_that_does_not_come_back(tmp_path, monkeypatch, how):
+    """A tile over which libhdf5 loops or crashes is unreadable after SLOWEST seconds, and so is what follows."""
+    path = tmp_path / "train-image.hdf5"
+    with h5py.File(path, "w") as file:
+        for name in ("a", "b"):
+            file[name] = np.frombuffer(b"bytes", np.uint8)
+    source = hdf5_tiles.source(path)
+    assert dict(source.read(["a", "b"])) == {"a": b"bytes", "b": b"bytes"}
+    reader = hdf5_tiles.Reader(path)
+    os.kill(reader.process.pid, signal.SIGSTOP if how == "hangs" else signal.SIGKILL)
+    monkeypatch.setattr(hdf5_tiles, "SLOWEST", 0.5)
+    began = time.monotonic()
+    for name in ("a", "b"):
+        with pytest.raises(ValueError, match="the file is damaged"):
+            reader.ask("bytes", name)
+    assert time.monotonic() - began < 5
