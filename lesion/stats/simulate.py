@@ -262,7 +262,7 @@ def _mean(cells, key):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Simulate what is missing, then print the tables."""
+    """Simulate what is missing, then print the tables of what is there."""
     parser = argparse.ArgumentParser(prog="python -m lesion.stats.simulate", description=__doc__.split("\n\n")[0],
                                      allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path("simulation.jsonl"), help="a line a cell; gone on with")
@@ -275,8 +275,8 @@ def main(argv: list[str] | None = None) -> None:
     todo = [cell for cell in cells if json.dumps(asdict(cell)) not in known]
     for cell in todo:
         if time.monotonic() - started > args.seconds:
-            print(f"{len(cells)} cells, not all simulated yet: the same command goes on")
-            return
+            print(f"{len(done)} of {len(cells)} cells simulated; the same command goes on\n")
+            break
         done.append({"cell": asdict(cell), "found": run(cell)})
         with open(args.out, "a", encoding="utf8") as file:
             file.write(json.dumps(done[-1]) + "\n")

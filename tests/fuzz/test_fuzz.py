@@ -10,6 +10,7 @@ Here a few cases a reader, the same ones every time. The long run, by one comman
 import contextlib
 import faulthandler
 import io
+import mmap
 import os
 import pickle
 import resource
@@ -211,12 +212,19 @@ def _raise(error):
     raise error
 
 
+def _take_memory():
+    """256 MiB from the system: the allocator may have as much in hand."""
+    with mmap.mmap(-1, 1 << 28) as memory:
+        for _ in range(256):
+            memory.write(b"x" * (1 << 20))
+
+
 FAULTS = {
     "TypeError": lambda kept, place, case: _raise(TypeError("x")),
     "refused without a word": lambda kept, place, case: _raise(SystemExit(2)),
     "no answer within": lambda kept, place, case: time.sleep(5),
     "the process died": lambda kept, place, case: os.kill(os.getpid(), signal.SIGKILL),
-    "MiB more memory": lambda kept, place, case: bytearray(b"x") * (1 << 28),
+    "MiB more memory": lambda kept, place, case: _take_memory(),
     "a file outside its folder": lambda kept, place, case: (place.parent / "beside" / "y").write_bytes(b""),
 }
 
