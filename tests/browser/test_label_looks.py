@@ -401,9 +401,9 @@ def test_find_open_and_filter(browser, serve):
     browser.get(server.url + "?tile=" + wanted)
     person.at(4)
     browser.find_element(By.CSS_SELECTOR, "#filter option[value^='border=']").click()
+    person.wait(lambda: (person.state()["filter"] or "").startswith("border="))
     person.at(person.state()["tile"])
     state = person.state()
-    assert state["filter"].startswith("border=")
     assert person.text("place") == f"Tile 1 of {state['members']} Border: {state['filter'].split('=')[1]}"
     reply = browser.execute_async_script("fetch('labels.csv').then((r) => r.text()).then(arguments[0])")
     assert len(reply.splitlines()) == 8
