@@ -190,8 +190,8 @@ def limits(results: dict) -> list[str]:
         if without:
             texts.append(f"{results['malignant']} malignant test tiles: no interval is given for {_list(without)}, which "
                          "simulated at such numbers does not hold the truth 93 to 97 % of the time.")
-    texts.append("ECE has no interval: with so few malignant tiles its estimate is too high by an amount that no resampling "
-                 "tells.")
+    texts.append("ECE and pAUC have no interval: ECE's estimate is too high by an amount that no resampling tells, and pAUC's "
+                 "interval, simulated, holds the truth less often than it says.")
     absent = [name for name in ARMS if name not in results["arms"]]
     if absent:
         texts.append(f"Not run: {_list(absent)}.")

@@ -121,7 +121,7 @@ def test_limits_are_said(tmp_path):
     write_run(tmp_path, {"O1": 0.0, "S2": 0.0}, seeds=1)
     text = " ".join(classification.limits(results_of(tmp_path) | {"run": {"notes": ["something odd"]}}))
     for words in ("single training seed", "40 malignant test tiles: no interval is given for recall at 90 % specificity",
-                  "ECE has no interval", "Not run: B0, A1, W1 and S2w.", "Something odd."):
+                  "ECE and pAUC have no interval", "Not run: B0, A1, W1 and S2w.", "Something odd."):
         assert words in text
     write_run(tmp_path / "many", {"O1": 0.0, "S2": 0.0}, seeds=1, malignant=60, benign=300)
     assert "no interval is given for" not in " ".join(classification.limits(results_of(tmp_path / "many")))
