@@ -53,8 +53,12 @@ def test_best_epoch_is_kept(tiles, tmp_path, monkeypatch):
     assert [np.array_equal(scores, snapshot) for snapshot in snapshots] == [False, True, False, False]
 
 
-def test_resumed_run_equals_uninterrupted(tiles, tmp_path):
-    """Stopped after every epoch and started anew, the run ends with the same rows and the same weights, bit for bit."""
+@pytest.mark.parametrize("auprc", [[0.8, 0.3, 0.4], [0.3, 0.4, 0.8]], ids=["first is best", "last is best"])
+def test_resumed_run_equals_uninterrupted(tiles, tmp_path, monkeypatch, auprc):
+    """Stopped after every epoch and started anew, the run ends with the same rows and the same weights, bit for bit, be they
+    those of an epoch before the stop or after it."""
+    values = iter(auprc * 2)
+    monkeypatch.setattr(network.classification, "evaluate", lambda *_: {"auprc": [next(values)], "auroc": [0.5]})
     whole, rows = fit(tiles, tmp_path / "whole", weighted=True)
 
     def stop(row):
