@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 from fuzz import boundaries
+from fuzz.reader import Reader
 from hypothesis import HealthCheck, Phase, example, given, seed, settings
 from hypothesis import strategies as st
 
@@ -237,7 +238,7 @@ def test_a_fault_is_found(says, apart, place, monkeypatch):
         pytest.skip("would be the end of this process")
     monkeypatch.setattr(sys.modules[__name__], "LIMIT_S", 1.0)
     monkeypatch.setattr(sys.modules[__name__], "MEMORY", 1 << 27)
-    reader = boundaries.Reader("x", lambda kept: st.just({"x": b""}), FAULTS[says], apart=apart)
+    reader = Reader("x", lambda kept: st.just({"x": b""}), FAULTS[says], apart=apart)
     with pytest.raises((AssertionError, TypeError)) as error:
         run(reader, place)
     assert says in f"{type(error.value).__name__}: {error.value}"
