@@ -8,6 +8,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from lesion.run import cli, folders
@@ -37,10 +38,15 @@ def parse(argv: list[str]):
     parser.add_argument("--peer", help=f"also run a peer, taking turns: {PEERS}")
     parser.add_argument("--peer-precision", choices=("fp16", "bf16", "fp32"), help="the peer's, if it is not ours")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--beside", type=cli.number(int, low=1), help="train: also with that many other busy processes, taking turns")
     parser.add_argument("--serve", action="store_true", help="be one side of a comparison: a step for each line of standard input")
     args = parser.parse_args(argv)
     if args.peer and args.peer not in PEERS.get("train" if args.what == "recipe" else args.what, ()):
         parser.error(f"--peer {args.peer}: for {args.what} there are {', '.join(PEERS.get(args.what, ())) or 'none'}")
+    if args.beside and (args.what != "train" or args.peer):
+        parser.error("--beside: of `train` without --peer")
+    if args.what == "load" and args.base == "random":
+        parser.error("load needs --base (a folder, a .safetensors file or a hub id)")
     return args
 
 
@@ -89,7 +95,7 @@ def measure(args, device) -> dict | None:
     from lesion.bench import sides
     from lesion.run import devices
     if args.what == "load":
-        return load(args, device)
+        return first_step(args, device) if args.serve else load(args, device)
     make = {"train": sides.training_step, "generate": sides.generation, "encode": sides.encoding}[args.what]
     if args.serve:
         serve(make(args, device))
@@ -97,6 +103,8 @@ def measure(args, device) -> dict | None:
     if args.peer:
         return compare(args)
     step = make(args, device)
+    if args.beside:
+        return beside(args, step)
     rounds = args.steps if args.what != "generate" else 3
     laps = [step() for _ in cli.progress(range(args.warmup + rounds), desc=args.what, unit="step")][args.warmup:]
     return report(args, laps, device, devices.peak_mem_gib(device))
@@ -204,16 +212,58 @@ def serve(step) -> None:
     print(round(devices.peak_mem_gib(torch.device("cuda" if torch.cuda.is_available() else "cpu")), 2), flush=True)
 
 
+def beside(args, step) -> dict:
+    """Steps on the machine as it is and beside `--beside` processes that never rest, in turns of `--steps`, twice."""
+    times: dict[str, list[float]] = {"quiet": [], "busy": []}
+    for name in cli.progress(["quiet", "busy"] * 2, desc="turns"):
+        others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(args.beside if name == "busy" else 0)]
+        try:
+            times[name] += [step()["total_ms"] for _ in range(args.warmup + args.steps)][args.warmup:]
+        finally:
+            for other in others:
+                other.kill()
+                other.wait()
+    medians = {name: round(statistics.median(values), 1) for name, values in times.items()}
+    ratio = round(medians["busy"] / medians["quiet"], 2)
+    print(f"quiet {medians['quiet']} ms, beside {args.beside} busy {medians['busy']} ms: {ratio} times")
+    return {"bench": "beside", "base": args.base, "batch_size": args.batch_size, "precision": args.precision, "phase": args.phase,
+            "processes": args.beside, "quiet_ms": medians["quiet"], "busy_ms": medians["busy"], "busy_over_quiet": ratio}
+
+
 def load(args, device) -> dict:
-    """Time from a process's imports done to networks ready."""
+    """From the start of a fresh process to its first denoising step, several times; the first warms the files and is not counted."""
+    command = [sys.executable, "-m", "lesion", "bench", *side_flags(args, args.precision), "--serve"]
+    laps = []
+    for _ in cli.progress(range(args.warmup + args.steps), desc="load", unit="start"):
+        begun = time.time()
+        done = subprocess.run(command, cwd=folders.ROOT, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+        if done.returncode:
+            raise ValueError(f"this start failed: {' '.join(command)}")
+        lap = json.loads(done.stdout.splitlines()[-1])
+        peak, entered = lap.pop("peak_mem_gib"), lap.pop("entered")
+        laps.append({"import_ms": 1000 * (entered - begun), **lap, "total_ms": lap["total_ms"] + 1000 * (entered - begun)})
+    return report(args, laps[args.warmup:], device, peak)
+
+
+def first_step(args, device) -> None:
+    """One start: a JSON line of when it was entered (seconds since 1970), loading, the faster layers and the first step (ms)."""
+    entered = time.time()
+    import torch
+
     from lesion.bench import sides
     from lesion.run import devices
-    if args.base == "random":
-        raise ValueError("bench load needs --base (a folder, a .safetensors file or a hub id)")
     clock = sides.Clock(device)
-    sides.networks(args.base, device, args.precision, args.tokenizer)
+    sd = sides.networks(args.base, device, args.precision, args.tokenizer)
     clock.lap("load_ms")
-    return report(args, [clock.total()], device, devices.peak_mem_gib(device))
+    sides.hasten(args, device, sd)
+    clock.lap("fast_ms")
+    side = args.resolution // 8
+    with torch.no_grad():
+        context = sd.text_encoder(torch.zeros(1, 77, dtype=torch.int64, device=device))
+        latents = torch.randn(1, 4, side, side).to(device, context.dtype)
+        sd.unet(latents, torch.tensor([999], device=device), context)
+    clock.lap("first_step_ms")
+    print(json.dumps({"entered": entered, **clock.total(), "peak_mem_gib": devices.peak_mem_gib(device)}))
 
 
 def print_recipe(args, device) -> None:

@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from lesion.run import devices
-
 try:
     import resource
 except ImportError:  # Windows
@@ -89,17 +87,17 @@ def synchronize(where: torch.device) -> None:
 def process(device_name: str) -> tuple[int, int, torch.device]:
     """(rank, number of processes, device); joins torchrun's process group where there is one."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    device = devices.device(device_name)
-    if device.type == "cpu":
-        devices.keep_freed_memory()
+    where = device(device_name)
+    if where.type == "cpu":
+        keep_freed_memory()
     if world == 1:
-        return 0, 1, device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+        return 0, 1, where
+    if where.type == "cuda":
+        where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(where)
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return torch.distributed.get_rank(), world, device
+        torch.distributed.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    return torch.distributed.get_rank(), world, where
 
 
 def distributed(model: nn.Module, world: int, device: torch.device) -> nn.Module:

@@ -72,8 +72,23 @@ def test_peak_of_an_unknown_device_is_unknown(monkeypatch):
     assert machine.peak_tflops(torch.device("cpu"), "fp32", side=256) > 0
 
 
+def test_load_is_a_whole_start(tiny, run_script):
+    """From a fresh process to its first denoising step: the parts make the total, and importing is one of them."""
+    row = bench(run_script, "load", "--base", tiny / "folder", "--steps", 2, "--warmup", 1, "--resolution", 64)
+    assert row["measured"] == 2
+    assert row["import_ms"] > 300
+    assert row["total_ms"] == pytest.approx(sum(row[f"{name}_ms"] for name in ("import", "load", "fast", "first_step")), rel=0.2)
+
+
+def test_beside_a_busy_process(tiny, run_script):
+    """Quiet and busy turns, and their ratio; nothing is left running."""
+    row = bench(run_script, "train", "--base", tiny / "folder", "--batch-size", 1, "--steps", 2, "--resolution", 64, "--beside", 1)
+    assert row["busy_over_quiet"] == pytest.approx(row["busy_ms"] / row["quiet_ms"], rel=0.05)
+    assert row["processes"] == 1
+
+
 def test_bad_flags_are_one_line(run_script):
-    """bench load without --base, a peer that does not exist."""
-    for arguments in (("load",), ("encode", "--peer", "diffusers-example")):
+    """bench load without --base, a peer that does not exist, a busy machine for drawing."""
+    for arguments in (("load",), ("encode", "--peer", "diffusers-example"), ("generate", "--beside", 1)):
         done = run_script("-m lesion", "bench", *arguments)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
