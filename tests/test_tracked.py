@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def git(*words: str) -> list[str]:
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
-    return subprocess.run(["git", "-c", "safe.directory=*", "-C", str(ROOT), *words], capture_output=True, encoding="utf8", check=True).stdout.splitlines()
+    command = ["git", "-c", "safe.directory=*", "-C", str(ROOT), *words]
+    return subprocess.run(command, capture_output=True, encoding="utf8", check=True).stdout.splitlines()
 
 
 def test_no_symbolic_link_is_tracked():
