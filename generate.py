@@ -13,7 +13,7 @@ import os
 import re
 from pathlib import Path
 
-from lesion.run import cli, files, folders, lock, sums
+from lesion.run import cli, cores, files, folders, lock, sums
 from lesion.sd.samplers import SAMPLERS
 
 GIF_TILES, GIF_FRAMES = 4, 25
@@ -96,6 +96,8 @@ def generate(args) -> None:
     from lesion.sd.vae import to_images_u8
     from lesion.tiles import seen
     rank, world, device = devices.process(args.device)
+    known = args.out / "provenance.json"
+    threads = cores.use_free(files.read_json(known).get("threads") if known.is_file() else None) if device.type == "cpu" else None
     args.precision = args.precision or fast.default_precision(device)
 
     # --- base and LoRA: read, checked, summed, merged ---
@@ -160,7 +162,7 @@ def generate(args) -> None:
     rows = [row_of(args.label, i, prompt, args.seed + i, common) for i, prompt in enumerate(prompts)]
     batches = [rows[start:start + args.batch_size] for start in range(0, len(rows), args.batch_size)]
     if rank == 0:
-        open_folder(args.out, {"base": args.base, "base_sha256": base_sha256, "loras": used, "settings": settings})
+        open_folder(args.out, {"base": args.base, "base_sha256": base_sha256, "loras": used, "settings": settings, "threads": threads})
         sums.begin(args.out)
         for name, what in keep_whole(args.out, batches):
             print(f"{args.out / name} {what}: drawn again")
@@ -352,8 +354,8 @@ def listed_in(path: Path) -> dict[str, dict]:
 
 def keep_whole(out: Path, batches: list[list[dict]]) -> list[tuple[str, str]]:
     """Take out of the folder and its manifest every picture of a batch that is not whole; (name, what is wrong) of those that are
-    listed but not as they were drawn. A batch is whole if each picture has the SHA-256 that its row says: one without a row is a
-    killed call's, whose row was not written yet."""
+    listed but not as they were drawn, and of rows of no picture. A batch is whole if each picture has the SHA-256 that its row says:
+    one without a row is a killed call's, whose row was not written yet."""
     path = out / files.MANIFEST
     have = listed_in(path)
     wrong, again = [], []
@@ -363,8 +365,11 @@ def keep_whole(out: Path, batches: list[list[dict]]) -> list[tuple[str, str]]:
         again += states if any(state is not None for state in states.values()) else []
     for name in again:
         (out / name).unlink(missing_ok=True)
-    if any(name in have for name in again):
-        files.write_manifest(out, [row for name, row in have.items() if name not in again])
+    ours = {row["file_name"] for some in batches for row in some}
+    stray = [name for name in have if name not in ours and not (out / name).is_file()]
+    wrong += [(name, "is listed, but not there") for name in stray]
+    if any(name in have for name in (*again, *stray)):
+        files.write_manifest(out, [row for name, row in have.items() if name not in (*again, *stray)])
     return wrong
 
 

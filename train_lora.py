@@ -11,9 +11,10 @@ import os
 import shlex
 from pathlib import Path
 
-from lesion.run import cli, files, folders, lock, sums
+from lesion.run import cli, cores, files, folders, lock, sums
 
-FREE = ("steps", "resume", "sample_every", "sample_steps", "val_every", "checkpoint_every", "device", "out")  # may change on --resume
+FREE = ("steps", "resume", "sample_every", "sample_steps", "val_every", "checkpoint_every", "device", "out",
+        "threads")  # may change on --resume
 LOG_EVERY = 10  # steps between reads of the device: the loss is kept there until then
 MAX_SKIPPED = 50  # fp16 steps in a row with overflow before the run is given up
 
@@ -127,7 +128,8 @@ def train(flags: dict, out: Path, resume: bool, stop: cli.Stop) -> None:
         say(f"note: {note}")
     seen = train_files(recipe.data, tiles.rows)
     earlier = files.read_json(out / "args.json") if resume and (out / "args.json").is_file() else None
-    record = setup.record_of(recipe, sd, seen, earlier)
+    threads = cores.use_free((earlier or {}).get("threads")) if device.type == "cpu" else None
+    record = setup.record_of(recipe, sd, seen, earlier) | {"threads": threads}
 
     # --- LoRA: float32 factors beside frozen weights; the run folder, once nothing is left to refuse ---
     networks = setup.add_lora(recipe, sd, record["init_lora"])
@@ -141,7 +143,7 @@ def train(flags: dict, out: Path, resume: bool, stop: cli.Stop) -> None:
             files.write_json(out / "train_files.json", seen)
         say(f"{len(tiles.rows)} tiles, {len(held_out.rows)} held out; LoRA of rank {recipe.rank} on {' and '.join(networks)}"
             f"{', from ' + record['init_lora'] if record['init_lora'] else ''}: {sum(p.numel() for p in parameters):,} parameters; "
-            f"{device}, {recipe.precision}; run folder {out}")
+            f"{device}, {recipe.precision}{f', {threads} threads' if threads else ''}; run folder {out}")
     if device.type == "cpu" and not recipe.plain:
         say(fast.use(sd.unet, sd.text_encoder, sd.vae, memory_gib=recipe.memory_gib))
 

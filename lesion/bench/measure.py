@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from lesion.run import cli, folders
+from lesion.run import cli, cores, folders
 
 PEER = folders.ROOT / "tests" / "peers" / "diffusers_peer.py"  # needs requirements-dev.txt
 PEERS = {"train": ("diffusers", "diffusers-example"), "generate": ("diffusers", "diffusers-merged"), "encode": ("diffusers",)}
@@ -61,6 +61,7 @@ def main(argv: list[str]) -> None:
     device = devices.device(args.device)
     if device.type == "cpu":
         devices.keep_freed_memory()
+        cores.use_free()
     args.precision = [fast.default_precision(device) if name == "auto" else name for name in args.precision]
     if args.what == "recipe":
         print_recipe(args, device)
@@ -102,9 +103,9 @@ def measure(args, device) -> dict | None:
         return None
     if args.peer:
         return compare(args)
-    step = make(args, device)
     if args.beside:
-        return beside(args, step)
+        return beside(args)
+    step = make(args, device)
     rounds = args.steps if args.what != "generate" else 3
     laps = [step() for _ in cli.progress(range(args.warmup + rounds), desc=args.what, unit="step")][args.warmup:]
     return report(args, laps, device, devices.peak_mem_gib(device))
@@ -212,22 +213,23 @@ def serve(step) -> None:
     print(round(devices.peak_mem_gib(torch.device("cuda" if torch.cuda.is_available() else "cpu")), 2), flush=True)
 
 
-def beside(args, step) -> dict:
-    """Steps on the machine as it is and beside `--beside` processes that never rest, in turns of `--steps`, twice."""
-    times: dict[str, list[float]] = {"quiet": [], "busy": []}
-    for name in cli.progress(["quiet", "busy"] * 2, desc="turns"):
+def beside(args) -> dict:
+    """Steps on the machine as it is, and beside `--beside` processes that never rest: fresh processes, twice each in turns."""
+    rows: dict[str, list[dict]] = {"quiet": [], "busy": []}
+    for name in ["quiet", "busy"] * 2:
         others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(args.beside if name == "busy" else 0)]
         try:
-            times[name] += [step()["total_ms"] for _ in range(args.warmup + args.steps)][args.warmup:]
+            rows[name].append(in_a_process(args))
         finally:
             for other in others:
                 other.kill()
                 other.wait()
-    medians = {name: round(statistics.median(values), 1) for name, values in times.items()}
+    medians = {name: round(statistics.median(row["total_ms"] for row in some), 1) for name, some in rows.items()}
     ratio = round(medians["busy"] / medians["quiet"], 2)
     print(f"quiet {medians['quiet']} ms, beside {args.beside} busy {medians['busy']} ms: {ratio} times")
     return {"bench": "beside", "base": args.base, "batch_size": args.batch_size, "precision": args.precision, "phase": args.phase,
-            "processes": args.beside, "quiet_ms": medians["quiet"], "busy_ms": medians["busy"], "busy_over_quiet": ratio}
+            "processes": args.beside, "threads": {name: [row["threads"] for row in some] for name, some in rows.items()},
+            "quiet_ms": medians["quiet"], "busy_ms": medians["busy"], "busy_over_quiet": ratio}
 
 
 def load(args, device) -> dict:

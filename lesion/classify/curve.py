@@ -9,12 +9,10 @@ import math
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from lesion.classify.arms import CONTRASTS
 from lesion.stats import inference
 
-LEVEL = 0.95
 PRIMARY = "O1 to S2"
 
 
@@ -31,50 +29,28 @@ def point(size: int | None, ratio: float, real: float, folds: list[dict[str, lis
 
 
 def auroc(folds: list[list]) -> dict:
-    """{"auroc", "low", "high", "seeds"} of one arm: folds hold its runs (predictions.Run), one a seed.
-
-    Variance: DeLong's of the mean over seeds, and the seeds' own divided by their number, both within folds.
-    """
-    parts = []
-    for runs in folds:
-        aurocs, covariance = inference.delong(runs[0].labels, np.stack([run.scores for run in runs]), runs[0].patients)
-        over_seeds = float(aurocs.var(ddof=1)) / len(runs) if len(runs) > 1 else 0.0
-        parts.append((float(aurocs.mean()), math.sqrt(float(covariance.mean()) + over_seeds), math.inf))
-    mean, low, high, _ = combine(parts, weights_of(folds))
-    return {"auroc": mean, "low": max(0.0, low), "high": min(1.0, high), "seeds": len(folds[0])}
+    """{"auroc", "low", "high", "seeds"} of one arm: folds hold its runs (predictions.Run), one a seed."""
+    labels, scores, patients, number = joined(folds)
+    values, parts = inference.auroc_over_runs(labels, scores, patients, number)
+    carriers = np.count_nonzero(labels) if patients is None else len(np.unique(patients[labels == 1]))
+    low, high = inference.interval(float(values.mean()), parts, carriers) or (math.nan, math.nan)
+    return {"auroc": float(values.mean()), "low": low, "high": high, "seeds": len(values)}
 
 
 def difference(first: list[list], second: list[list]) -> dict:
     """{"difference", "low", "high", "p"} of AUROC, second minus first, paired by tile and seed within each fold."""
-    parts = []
-    for one, two in zip(first, second, strict=True):
-        found = inference.delong_test(one[0].labels, np.stack([run.scores for run in one]), np.stack([run.scores for run in two]),
-                                      one[0].patients)
-        parts.append((found["difference"], found["se"], found["df"] or math.inf))
-    mean, low, high, p = combine(parts, weights_of(first))
-    return {"difference": mean, "low": low, "high": high, "p": p}
+    labels, scores, patients, number = joined(first)
+    found = inference.delong_test(labels, scores, joined(second)[1], patients, number)
+    return {key: found[key] for key in ("difference", "low", "high", "p")}
 
 
-def weights_of(folds: list[list]) -> np.ndarray:
-    """Each fold's share of the malignant test tiles."""
-    malignant = np.array([runs[0].labels.sum() for runs in folds], float)
-    return malignant / malignant.sum()
-
-
-def combine(parts: list[tuple[float, float, float]], weights: np.ndarray) -> tuple[float, float, float, float]:
-    """(estimate, low, high, p) of the weighted mean of independent (estimate, standard error, degrees of freedom).
-
-    t with Welch and Satterthwaite's degrees of freedom: (sum w^2 s^2)^2 / sum((w^2 s^2)^2 / df).
-    """
-    estimate = float(sum(w * part[0] for w, part in zip(weights, parts)))
-    variances = np.array([(w * part[1]) ** 2 for w, part in zip(weights, parts)])
-    se = math.sqrt(variances.sum())
-    if se == 0:
-        return estimate, estimate, estimate, 1.0 if estimate == 0 else 0.0
-    known = sum(v ** 2 / part[2] for v, part in zip(variances, parts) if math.isfinite(part[2]))
-    df = variances.sum() ** 2 / known if known else math.inf
-    half = float(stats.t.ppf(0.5 + LEVEL / 2, df)) * se
-    return estimate, estimate - half, estimate + half, float(2 * stats.t.sf(abs(estimate) / se, df))
+def joined(folds: list[list]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
+    """labels [n], scores [S, n], patients [n] or None, fold [n] of all folds' test tiles."""
+    known = all(runs[0].patients is not None for runs in folds)
+    return (np.concatenate([runs[0].labels for runs in folds]),
+            np.concatenate([np.stack([run.scores for run in runs]) for runs in folds], axis=1),
+            np.concatenate([runs[0].patients for runs in folds]) if known else None,
+            np.repeat(np.arange(len(folds)), [len(runs[0].labels) for runs in folds]))
 
 
 def summary(points: list[dict]) -> dict:

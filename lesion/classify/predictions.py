@@ -22,12 +22,13 @@ LONGEST = 1000  # characters of a cell: ids become arrays as wide as the longest
 @dataclass
 class Run:
     """Test tiles of one training run, sorted by id: ids [n], labels [n] 0/1, scores [n], patients [n] (None: unknown),
-    thresholds [n], each chosen on the validation part of the tile's own model."""
+    thresholds [n], each chosen on the validation part of the tile's own model, folds [n] (None: all tested by one model)."""
     ids: np.ndarray
     labels: np.ndarray
     scores: np.ndarray
     patients: np.ndarray | None
     thresholds: np.ndarray
+    folds: np.ndarray | None = None
 
 
 def write(path: Path, parts: Parts, val_scores: np.ndarray, test_scores: np.ndarray, fold: int | None = None) -> None:
@@ -78,8 +79,10 @@ def read(path: Path) -> Run:
     tests.sort()
     labels, scores = _arrays(tests)
     patients = np.array([item[3] or f"tile {item[0]}" for item in tests])
+    folds = np.array([str(item[4]) for item in tests])
     return Run(np.array([item[0] for item in tests]), labels, scores,
-               patients if any(item[3] for item in tests) else None, np.array([limits[item[4]] for item in tests]))
+               patients if any(item[3] for item in tests) else None, np.array([limits[item[4]] for item in tests]),
+               folds if len(limits) > 1 else None)
 
 
 def _rows(path):

@@ -65,7 +65,7 @@ def previous_of(path: Path) -> Path:
 
 def _keep(path: Path, older: Path) -> None:
     """Give the state at `path` the name `older` too, so that at every moment one whole state is there."""
-    spare = older.with_name(f".{older.name}.link")
+    spare = path.with_name(f".{path.name}.previous.tmp")  # a name that the next owner of the folder sweeps
     try:
         spare.unlink(missing_ok=True)
         os.link(path, spare)

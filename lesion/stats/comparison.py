@@ -24,7 +24,8 @@ def analyse(runs: dict, contrasts: dict, resamples: int = inference.RESAMPLES, s
             primary: tuple[str, str] | None = None, everywhere: bool = False, progress=None) -> dict:
     """Figures of every arm and every contrast, as JSON-able numbers.
 
-    runs: arm -> seed -> an object with labels [n] 0/1, scores [n], thresholds [n], patients [n] or None, tested on the
+    runs: arm -> seed -> an object with labels [n] 0/1, scores [n], thresholds [n], patients [n] or None, folds [n] or None
+    (cross-fitted: AUROC is then made within folds, everything else over all tiles at each fold's threshold), tested on the
     same tiles throughout (`lesion.classify.predictions.read_runs`). contrasts: (first, second) -> meaning; those whose
     arms have a seed in common are made, over the seeds in common. primary: the contrast named beforehand, whose AUROC is
     tested as it is; all other tests are exploratory and corrected by Holm. everywhere: also give the intervals that do
@@ -49,11 +50,13 @@ class _Test:
     """The test tiles: labels, how many patients carry malignant and benign ones, and the resamples of patients."""
 
     def __init__(self, run, resamples, seed, everywhere=False):
-        self.labels, self.everywhere = run.labels, everywhere
+        self.labels, self.everywhere, self.folds = run.labels, everywhere, getattr(run, "folds", None)
         self.weights = inference.patient_resamples(run.labels, run.patients, resamples, seed)
         units = np.arange(len(run.labels)) if run.patients is None else run.patients
         self.patients = None if run.patients is None else len(np.unique(units))
         self.carriers, self.healthy = (len(np.unique(units[run.labels == value])) for value in (1, 0))
+        masks = inference.folds_of(self.labels, self.folds)[0]
+        self.fewest = [min(len(np.unique(units[mask & (run.labels == value)])) for mask in masks) for value in (1, 0)]
 
     def parts(self, metric: classification.Metric, values: list, drawn: np.ndarray) -> inference.Parts | None:
         """Parts of the variance of the mean of `values` [S] by their resamples [S, R]; None where there is no value or
@@ -67,7 +70,17 @@ class _Test:
     def judges(self, metric: classification.Metric, runs: int) -> bool:
         """Whether the metric may have an interval here: enough patients, runs and malignant tiles."""
         holds = self.everywhere or (metric.least is not None and self.labels.sum() >= metric.least)
-        return bool(holds) and inference.enough(self.carriers, self.healthy, runs)
+        fewest = self.fewest if metric is classification.METRICS["auroc"] else (self.carriers, self.healthy)
+        return bool(holds) and inference.enough(*fewest, runs)
+
+    def auroc(self, seeds: list) -> tuple[list, inference.Parts | None]:
+        """(AUROC of each run within folds, parts of their mean's variance or None) of runs on cross-fitted tiles."""
+        if self.judges(classification.METRICS["auroc"], len(seeds)):
+            values, parts = inference.auroc_over_runs(self.labels, np.stack([run.scores for run in seeds]), seeds[0].patients, self.folds)
+            return values.tolist(), parts
+        masks, weights = inference.folds_of(self.labels, self.folds)
+        return [float(sum(weight * classification.evaluate(run.labels[mask], run.scores[mask], 0.5)["auroc"][0]
+                          for mask, weight in zip(masks, weights))) for run in seeds], None
 
     def units(self, metric: classification.Metric) -> int:
         """How many patients the metric is a rate of."""
@@ -80,6 +93,8 @@ def _arm(seeds, drawn, test):
     for name, metric in classification.METRICS.items():
         values = [float(value[name][0]) for value in plain]
         parts = test.parts(metric, values, np.concatenate([drawn[k][name] for k in seeds]))
+        if name == "auroc" and test.folds is not None:
+            values, parts = test.auroc(list(seeds.values()))
         mean, found = float(np.mean(values)), None
         if parts is not None:
             found = inference.interval(mean, parts, test.units(metric), metric.ceiling)
@@ -101,6 +116,8 @@ def _contrast(runs, drawn, pair, common, test):
     metrics = {}
     for name, metric in classification.METRICS.items():
         per_seed = [float(b[name][0] - a[name][0]) for a, b in zip(*values)]
+        if name == "auroc" and test.folds is not None:
+            per_seed = np.subtract(test.auroc(two)[0], test.auroc(one)[0]).tolist()
         parts = test.parts(metric, per_seed,
                            np.concatenate([drawn[pair[1]][k][name] - drawn[pair[0]][k][name] for k in common]))
         metrics[name] = {"difference": _number(np.mean(per_seed)), "low": None, "high": None, "p": None,
@@ -112,7 +129,7 @@ def _contrast(runs, drawn, pair, common, test):
     parts = None
     if test.judges(classification.METRICS["auroc"], len(common)):
         delong = inference.delong_test(test.labels, *(np.stack([run.scores for run in side]) for side in (one, two)),
-                                       patients=one[0].patients)
+                                       patients=one[0].patients, folds=test.folds)
         parts = delong["parts"]
         metrics["auroc"] |= {key: delong[key] for key in ("difference", "low", "high", "p", "se", "df")}
         metrics["auroc"] |= {"test": "DeLong", "too_few": False}

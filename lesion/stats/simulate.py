@@ -29,8 +29,9 @@ REGIMES = {  # share of the variance that is a run's own noise on each tile; sta
 OWN_OF_ARM, OF_PATIENT = 0.1, 0.3  # shares of what an arm sees in a tile; of the patient, where one has several tiles
 SEPARATION, GAIN = 1.5, 0.4        # AUROC .856; the second arm's where a true difference is to be covered: .910
 SHIFT, THRESHOLD = 1.5, 0.3        # score = expit(logit - SHIFT); the threshold that stands for the chosen one
-BENIGN = {10: 200, 20: 250, 28: 280, 50: 300, 79: 400, 300: 600}  # benign tiles beside so many malignant ones
+BENIGN = {10: 200, 20: 250, 28: 280, 50: 300, 53: 500, 79: 400, 300: 600}  # benign tiles beside so many malignant ones
 AUROC_SIZES = ((10, 1), (20, 1), (28, 1), (50, 5), (79, 1), (79, 3), (79, 5), (300, 1), (300, 5))  # malignant tiles, a patient
+FOLDS, FOLD_SIZES = 5, (10, 53)  # folds of a cross-fitted run, malignant tiles of each
 METRIC_SIZES = ((20, 1), (28, 1), (79, 1), (79, 5), (300, 1))
 RESAMPLES = 200  # of each bootstrap; the report takes 2,000
 
@@ -54,7 +55,8 @@ def grid(quick: bool = False) -> list[Cell]:
                 Cell("readers", "crossed", 20, 1, 5, 60)]
     cells = [Cell("subgroup", "both", patients * 40, 40, runs, 2000) for patients in (10, 30) for runs in (1, 3, 5)]
     cells += [Cell("readers", "crossed", count, 1, number, 500) for count in (20, 40) for number in (3, 5, 8)]
-    for kind, sizes, counts, sets in (("metrics", METRIC_SIZES, (1, 3, 5), 300), ("auroc", AUROC_SIZES, (1, 3, 5, 10), 2000)):
+    for kind, sizes, counts, sets in (("metrics", METRIC_SIZES, (1, 3, 5), 300), ("auroc", AUROC_SIZES, (1, 3, 5, 10), 2000),
+                                      ("folds", [(size, 1) for size in FOLD_SIZES], (1, 3, 5), 1000)):
         cells += [Cell(kind, regime, positives, tiles, runs, sets) for positives, tiles in sizes for runs in counts
                   for regime in REGIMES if runs > 1 or regime == "tile noise"]
     return cells
@@ -126,7 +128,7 @@ def true_values(cell: Cell, table: tuple, separations: np.ndarray, gain: float) 
 def run(cell: Cell) -> dict:
     """The cell's figures: of each thing tested its level, of each interval its coverage (shares of the sets)."""
     rng = np.random.default_rng(zlib.crc32(json.dumps(asdict(cell)).encode()))
-    return {"auroc": _auroc, "metrics": _metrics, "subgroup": _subgroup, "readers": _readers}[cell.kind](cell, rng)
+    return {"auroc": _auroc, "folds": _auroc, "metrics": _metrics, "subgroup": _subgroup, "readers": _readers}[cell.kind](cell, rng)
 
 
 def _auroc(cell, rng):
@@ -134,10 +136,12 @@ def _auroc(cell, rng):
     tested, covered = [], []
     for number in range(cell.sets + cell.sets // 2):
         gain = GAIN if number >= cell.sets else 0.0
-        labels, scores, patients, separations = draw(rng, cell, gain)
-        found = inference.delong_test(labels, scores[0], scores[1], patients)
+        several = [draw(rng, cell, gain) for _ in range(FOLDS if cell.kind == "folds" else 1)]
+        labels, scores, patients = (np.concatenate([one[i] for one in several], axis=-1) for i in range(3))
+        folds = np.repeat(np.arange(len(several)), len(several[0][0]))
+        found = inference.delong_test(labels, scores[0], scores[1], folds * len(labels) + patients, folds if len(several) > 1 else None)
         if gain:
-            first, second = true_values(cell, table, separations, gain)["auroc"]
+            first, second = np.mean([true_values(cell, table, one[3], gain)["auroc"] for one in several], axis=0)
             covered.append(found["low"] <= second - first <= found["high"])
         else:
             tested.append((found["difference"], found["se"], float(inference.critical(found["parts"])),
@@ -214,18 +218,21 @@ def _share(hits):
 def tables(rows: list[dict]) -> str:
     """Markdown of the rows {cell, found} that are there."""
     by_kind = {kind: [row for row in rows if row["cell"]["kind"] == kind]
-               for kind in ("auroc", "metrics", "subgroup", "readers")}
-    lines = ["AUROC, DeLong: level of the test, coverage of the interval, true power at the difference printed as found "
-             "four times in five", "", "| malignant tiles | a patient | runs | " + " | ".join(REGIMES) + " |",
-             "|--:|--:|--:|" + ":--|" * len(REGIMES)]
-    found = {tuple(row["cell"][key] for key in ("positives", "tiles", "runs", "regime")): row["found"]
-             for row in by_kind["auroc"]}
-    for key in dict.fromkeys(key[:3] for key in found):
-        cells = [found.get((*key, regime)) for regime in REGIMES]
-        lines.append(f"| {' | '.join(map(str, key))} | " + " | ".join(
-            "–" if cell is None else f"{_short(cell['level'])}, {cell['coverage']:.1%}, {_short(cell['power'])}"
-            for cell in cells) + " |")
-    lines += ["", "Every metric by the bootstrap: level, coverage of the difference, coverage of an arm's figure; all "
+               for kind in ("auroc", "folds", "metrics", "subgroup", "readers")}
+    lines = []
+    for kind, title in (("auroc", "AUROC, DeLong"), ("folds", f"AUROC, DeLong within {FOLDS} folds (malignant tiles of each)")):
+        lines += [f"{title}: level of the test, coverage of the interval, true power at the difference printed as found "
+                  "four times in five", "", "| malignant tiles | a patient | runs | " + " | ".join(REGIMES) + " |",
+                  "|--:|--:|--:|" + ":--|" * len(REGIMES)]
+        found = {tuple(row["cell"][key] for key in ("positives", "tiles", "runs", "regime")): row["found"]
+                 for row in by_kind[kind]}
+        for key in dict.fromkeys(key[:3] for key in found):
+            cells = [found.get((*key, regime)) for regime in REGIMES]
+            lines.append(f"| {' | '.join(map(str, key))} | " + " | ".join(
+                "–" if cell is None else f"{_short(cell['level'])}, {cell['coverage']:.1%}, {_short(cell['power'])}"
+                for cell in cells) + " |")
+        lines.append("")
+    lines += ["Every metric by the bootstrap: level, coverage of the difference, coverage of an arm's figure; all "
               "regimes together (without gates)", ""]
     sizes = list(dict.fromkeys((row["cell"]["positives"], row["cell"]["tiles"], row["cell"]["runs"])
                                for row in by_kind["metrics"]))

@@ -1,5 +1,4 @@
 """lesion.classify.curve: figures within folds, weighted and added as written; what synthetic tiles are worth, by hand."""
-import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,17 +11,6 @@ from lesion.stats import inference
 def run(rng, shift, malignant=12, benign=30, offset=0.0):
     labels = np.array([1] * malignant + [0] * benign)
     return SimpleNamespace(labels=labels, scores=rng.normal(labels * shift + offset), patients=None)
-
-
-def test_combine_by_hand():
-    """Weights .25 and .75 of (1, .2) and (2, .4): 1.75 with error sqrt(.05^2 + .3^2); infinite degrees of freedom: 1.96 of it."""
-    estimate, low, high, p = curve.combine([(1.0, 0.2, math.inf), (2.0, 0.4, math.inf)], np.array([0.25, 0.75]))
-    se = math.hypot(0.05, 0.3)
-    assert estimate == pytest.approx(1.75)
-    assert (high - low) / 2 == pytest.approx(1.959964 * se)
-    assert p < 1e-6
-    wide = curve.combine([(1.0, 0.2, 2.0), (2.0, 0.4, 2.0)], np.array([0.25, 0.75]))
-    assert wide[2] - wide[1] > high - low
 
 
 def test_one_fold_is_delong():

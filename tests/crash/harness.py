@@ -30,7 +30,7 @@ from world import Command, build, calm, commands, preload  # noqa: E402
 
 ATTACKS = ("kills", "renames", "two", "full", "flips")
 VOLATILE = {"timing.jsonl", "SHA256SUMS"}  # times; and the hashes, which hold those of timing.jsonl
-LEFT = (".tmp", ".partial", ".old", ".link")
+LEFT = (".tmp", ".partial", ".old")
 
 
 class World:
@@ -45,10 +45,15 @@ class World:
             self.run(self.every["train"], folder / "first")
             self.run(self.every["prepare"], folder / "older")
             shutil.copy(folder / "first" / "lora.safetensors", folder / "lora.safetensors")
-        (folder / "out").mkdir(exist_ok=True)
         preload()
         self.every = commands(folder)
         self.undisturbed: dict[str, tuple[dict, float]] = {}
+
+    def place(self, attack: str, command: Command) -> Path:
+        """Where an attack's run writes: everywhere a folder of the same name, which a report prints."""
+        folder = self.folder / "out" / attack
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / command.name
 
     def start(self, command: Command, out: Path, again: bool = False, kill: tuple[int | str, bool] | None = None) -> int:
         """Fork a run; its process id. kill: (number of the rename, whether after it). What it prints goes to `out`'s name + .log."""
@@ -62,7 +67,7 @@ class World:
                 os.dup2(log, number)
             sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))  # not pytest's  # noqa: SIM115
             os.environ["SOURCE_DATE_EPOCH"] = "0"
-            os.chdir(self.folder)
+            os.chdir(out.parent)
             calm()
             if kill:
                 count_renames(*kill)
@@ -96,7 +101,7 @@ class World:
         """({name: SHA-256} of an undisturbed run, its seconds); the second of two, when all caches are there, and both equal."""
         if command.name not in self.undisturbed:
             trees = []
-            for out in (self.folder / "out" / command.name,) * 2:
+            for out in (self.place("undisturbed", command),) * 2:
                 self.fresh(command, out)
                 began = time.monotonic()
                 code = self.run(command, out)
@@ -174,7 +179,7 @@ def differing(one: dict, other: dict) -> list[str]:
 
 def kills(world: World, command: Command, count: int, rng: random.Random) -> Iterator[tuple[str, str]]:
     """SIGKILL at random moments of the whole run, every third run at a random moment of its restart too."""
-    seconds, out = world.expected(command)[1], world.folder / "out" / f"{command.name}-killed"
+    seconds, out = world.expected(command)[1], world.place("killed", command)
     for number in range(count):
         world.fresh(command, out)
         moments = []
@@ -192,7 +197,7 @@ def kills(world: World, command: Command, count: int, rng: random.Random) -> Ite
 def renames(world: World, command: Command, count: int, rng: random.Random) -> Iterator[tuple[str, str]]:
     """SIGKILL before and after every rename and link (for a `count` under 20, of so many of them)."""
     world.expected(command)
-    out, number = world.folder / "out" / f"{command.name}-renamed", 0
+    out, number = world.place("renamed", command), 0
     while True:
         number += 1
         if count < 20:
@@ -211,7 +216,7 @@ def renames(world: World, command: Command, count: int, rng: random.Random) -> I
 
 def two(world: World, command: Command, count: int, rng: random.Random) -> Iterator[tuple[str, str]]:
     """Two processes started on one folder within a tenth of a run; then once more, alone, as the refused user would."""
-    seconds, out = world.expected(command)[1], world.folder / "out" / f"{command.name}-two"
+    seconds, out = world.expected(command)[1], world.place("two", command)
     for _ in range(count):
         world.fresh(command, out)
         gap = rng.uniform(0, 0.1) * seconds
@@ -231,7 +236,7 @@ def two(world: World, command: Command, count: int, rng: random.Random) -> Itera
 def full(world: World, command: Command, count: int, rng: random.Random) -> Iterator[tuple[str, str]]:
     """Disks too small by a random share of what the run needs; then room, and started again."""
     world.expected(command)
-    need = sum(path.stat().st_size for path in (world.folder / "out" / command.name).rglob("*") if path.is_file())
+    need = sum(path.stat().st_size for path in world.place("undisturbed", command).rglob("*") if path.is_file())
     disk = world.folder / "disk"
     disk.mkdir(exist_ok=True)
     out = disk / command.name
@@ -243,7 +248,7 @@ def full(world: World, command: Command, count: int, rng: random.Random) -> Iter
             used = (room.f_blocks - room.f_bfree) * room.f_frsize
             size = used + int(need * rng.uniform(0.02, 1.0)) // 4096 * 4096 + 8192
             subprocess.run(["mount", "-o", f"remount,size={size}", disk], check=True)
-            log = world.folder / "out" / f"{command.name}-full"
+            log = world.place("full", command)
             clear_log(log)
             with redirected(out, log):
                 code = world.run(command, out)
@@ -276,7 +281,7 @@ def redirected(out: Path, log: Path):
 def flips(world: World, command: Command, count: int, rng: random.Random) -> Iterator[tuple[str, str]]:
     """One bit of each saved state and cache, `count` times each: detected, healed or without effect."""
     world.expected(command)
-    out, kept = world.folder / "out" / f"{command.name}-flipped", world.folder / "out" / f"{command.name}-kept"
+    out, kept = world.place("flipped", command), world.place("kept", command)
     for pattern in command.states:
         place, part_way = (world.folder, False) if pattern.startswith("/") else (out, True)
         world.fresh(command, out)

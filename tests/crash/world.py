@@ -117,7 +117,7 @@ def commands(world: Path) -> dict[str, Command]:
         Command("classify", classify.main, classifier, ("S2/seed0/state.safetensors", "S2/seed0/state.previous.safetensors",
                                                         "B0/seed0/predictions.csv", "/data/.cache/tiles-*.npy"),
                 cut="S2/seed0/state.safetensors"),
-        Command("evaluate", evaluate.main, lambda out, again: ["--classify", world / "predictions", "--out", out]),
+        Command("evaluate", evaluate.main, lambda out, again: ["--classify", world / "predictions", "--out", out.name]),
         Command("study", study.main, asked, ("study.json", "tiles/*.png")),
         Command("label", label.main, lambda out, again: [out, "--no-serve", "--label", "all"], prepare=labelled),
         Command("pretrain", pretrain.main, vae, ("vae.checkpoint.safetensors", "vae.checkpoint.previous.safetensors"),
@@ -160,7 +160,7 @@ def calm() -> None:
     import torch
     import torchvision
 
-    from lesion.mini import pretrain
+    from lesion.mini import loop
     from lesion.run import state
     from lesion.web import study_folder
     torch.set_num_threads(1)
@@ -170,5 +170,5 @@ def calm() -> None:
     study_folder.now = lambda: "2026-01-01T00:00:00.000+00:00"
     state._git_commit = lambda: "0" * 40
     torchvision.models.resnet18 = small_network
-    pretrain.CHECK_TILES = 4
+    loop.CHECK_TILES = 4
     np.seterr(all="ignore")

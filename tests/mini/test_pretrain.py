@@ -15,7 +15,7 @@ from lesion.mini import vae as autoencoder
 from lesion.run import files, folders, sums
 from lesion.sd import checkpoint
 from lesion.sd.clip import Tokenizer
-from lesion.sd.vae import to_pixels
+from lesion.sd.vae import VAE, VAEConfig, to_pixels
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +113,19 @@ def test_latents_have_unit_scale(data, tmp_path):
     latents = 0.18215 * mean
     assert latents.mean((0, 2, 3)).abs().max() < 0.05
     assert (latents.std((0, 2, 3)) - 1).abs().max() < 0.05
+
+
+@torch.no_grad()
+def test_another_unit_of_latents_is_the_same_autoencoder():
+    """The change of unit is folded into both ends: what is encoded and decoded comes out as before."""
+    torch.manual_seed(0)
+    vae = VAE(VAEConfig(block_out_channels=(8, 8, 8, 8), norm_num_groups=4)).eval()
+    images = np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), dtype=np.uint8)
+    before = vae.decode(vae.encode(to_pixels(images))[0])
+    autoencoder.to_unit_scale(vae, images)
+    mean, _ = vae.encode(to_pixels(images))
+    assert (0.18215 * mean).std((0, 2, 3)) == pytest.approx(1, abs=1e-3)
+    assert (vae.decode(mean) - before).abs().max() < 1e-4 * before.abs().max()
 
 
 def test_changed_flags_are_refused_or_recorded(data, tmp_path):

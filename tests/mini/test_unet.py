@@ -37,6 +37,11 @@ def test_schedule_of_tiles():
     assert np.array_equal(unet.schedule_of_tiles(rows(), recipe)[0][:50], rare)
 
 
+def test_the_most_frequent_pair_is_merged_next():
+    """Byte pair encoding by hand: `l o` stands in three words, four pairs in two; of equals the last in the alphabet."""
+    assert unet.byte_pairs(["low", "low", "lower", "newer"])[:4] == [("l", "o"), ("w", "e"), ("we", "r</w>"), ("lo", "w</w>")]
+
+
 def test_tiles_without_attributes():
     """Captions nobody measured: all tiles weigh the same."""
     assert set(unet.rare_weights([{"attributes": None}, {}], 1.0)) == {1.0}

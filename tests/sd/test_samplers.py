@@ -35,6 +35,16 @@ def test_gaussian_is_recovered():
         assert x.std().item() == pytest.approx(STD, rel=4 / (2 * COUNT) ** 0.5 + 0.01), name
 
 
+@pytest.mark.parametrize("steps", [1, 2, 10])
+def test_ddpm_ends_on_its_picture(steps):
+    """The last ancestral step adds no noise and lands on x0_pred: one draw fewer than there are steps."""
+    drawn, seen = [], []
+    x = samplers.ddpm(exact_noise, torch.full((1, 1, 1, 1), 0.3, dtype=torch.float64), steps,
+                      lambda: drawn.append(1) or torch.ones(1, 1, 1, 1), lambda i, t, x, x0_pred: seen.append(x0_pred))
+    assert len(drawn) == steps - 1
+    assert x.item() == pytest.approx(seen[-1].item(), abs=1e-12)
+
+
 SIGNAL = [abar**0.5 * MEAN for abar in ALPHAS_CUMPROD.tolist()]
 GAIN = [(1 - abar) ** 0.5 / (abar * STD**2 + 1 - abar) for abar in ALPHAS_CUMPROD.tolist()]
 

@@ -71,6 +71,12 @@ def test_ece_vector():
     assert classification.bin_of(np.array([0.0, 0.1, 0.1000001, 1.0])).tolist() == [0, 0, 1, 9]
 
 
+def test_ece_of_bins_that_lean_both_ways():
+    """Too sure in one bin, not sure enough in the other: |.5 - .95| and |.5 - .05|, which do not cancel."""
+    value = classification.evaluate(np.array([0, 1, 0, 1]), np.array([0.05, 0.05, 0.95, 0.95]), 0.5)
+    assert value["ece"][0] == pytest.approx(0.45, abs=1e-12)
+
+
 def test_calibrated_scores_have_small_ece():
     """Labels drawn with the score as probability: ECE near 0, and near .2 when the scores are shifted by .2."""
     rng = np.random.default_rng(0)
@@ -95,6 +101,7 @@ def test_threshold_maximises_youden():
         youden = [sum(np.mean((scores >= t) == c, where=labels == c) for c in (0, 1)) for t in candidates]
         best = candidates[np.flatnonzero(np.isclose(youden, max(youden)))[-1]]
         assert classification.choose_threshold(labels, scores) == best
+    assert classification.choose_threshold(np.array([0, 1, 0, 1]), np.array([0.1, 0.2, 0.3, 0.4])) == 0.4  # J is .5 at .4 and at .2
 
 
 def test_threshold_per_tile():

@@ -356,3 +356,35 @@ def test_bands_hold_the_curve():
     assert precision[-1] == pytest.approx(np.mean([60 / (run.scores >= run.scores[:60].min()).sum()
                                                    for run in runs["S2"].values()]))
     assert ((low <= precision + 1e-9) & (precision <= high + 1e-9)).mean() > 0.9
+
+
+def test_folds_are_never_ranked_together():
+    """Cross-fitted runs whose folds have scales of their own: arms, contrast and verdict in AUROC as if they had not."""
+    runs = simulate(0.6, malignant=60, benign=240)
+    folds = np.arange(300) % 2
+    plain = comparison.analyse({arm: {seed: add(run, folds, 1.0) for seed, run in seeds.items()} for arm, seeds in runs.items()},
+                               CONTRASTS, resamples=200)
+    scaled = comparison.analyse({arm: {seed: add(run, folds, 0.3) for seed, run in seeds.items()} for arm, seeds in runs.items()},
+                                CONTRASTS, resamples=200)
+    for found in (plain, scaled):
+        (cell,), arms = [row["metrics"]["auroc"] for row in found["contrasts"]], found["arms"]
+        assert cell["difference"] == pytest.approx(arms["S2"]["metrics"]["auroc"]["mean"] - arms["A1"]["metrics"]["auroc"]["mean"])
+        assert cell["p"] is not None
+    keys = ("difference", "low", "high", "p", "verdict", "per_seed")
+    one, two = ([found["contrasts"][0]["metrics"]["auroc"][key] for key in keys] for found in (plain, scaled))
+    assert one == two
+    assert plain["arms"]["A1"]["metrics"]["auroc"] == scaled["arms"]["A1"]["metrics"]["auroc"]
+
+
+def add(run, folds, scale):
+    return SimpleNamespace(**{**vars(run), "scores": np.where(folds == 1, run.scores * scale, run.scores), "folds": folds})
+
+
+def test_few_malignant_tiles_in_a_fold_give_no_interval():
+    """45 malignant tiles in five folds, nine of each: numbers for AUROC, no verdict."""
+    runs = simulate(0.6, malignant=45, benign=255)
+    runs = {arm: {seed: add(run, np.arange(300) % 5, 1.0) for seed, run in seeds.items()} for arm, seeds in runs.items()}
+    cell = comparison.analyse(runs, CONTRASTS, resamples=200)["contrasts"][0]["metrics"]["auroc"]
+    assert cell["verdict"] == comparison.TOO_FEW
+    assert cell["low"] is None
+    assert cell["difference"] is not None

@@ -336,3 +336,31 @@ def test_resamples_without_a_value():
     assert inference.resampled_covariance(values, 20) == pytest.approx(expected)
     values[1, 50:52] = np.nan
     assert inference.resampled_covariance(values, 20) is None
+
+
+def test_over_folds_by_hand():
+    """Weights .25 and .75 of estimates 1 (variance .03 + .01) and 2 (.16): 1.75, variance .0625 * .04 + .5625 * .16, and Welch's
+    degrees of freedom; one fold is left as it is."""
+    first = (1.0, [(np.asarray(0.03), np.asarray(2.0)), (np.asarray(0.01), np.asarray(20.0))])
+    second = (2.0, [(np.asarray(0.16), np.asarray(4.0))])
+    estimate, ((variance, df),) = inference.over_folds([first, second], np.array([0.25, 0.75]))
+    assert estimate == 1.75
+    assert variance == pytest.approx(0.0025 + 0.09)
+    of_first = 0.04**2 / (0.03**2 / 2 + 0.01**2 / 20)
+    assert df == pytest.approx((0.0025 + 0.09) ** 2 / (0.0025**2 / of_first + 0.09**2 / 4))
+    assert inference.over_folds([first], np.array([1.0])) is first
+
+
+def test_auroc_within_folds():
+    """A fold whose scores lie higher changes nothing; folds weigh by malignant tiles; a run's figures add up to the mean."""
+    rng = np.random.default_rng(0)
+    labels, folds = np.tile([1, 0, 0, 0], 60), np.repeat([0, 1, 1], 80)
+    scores = rng.normal(size=(3, 240)) + labels
+    runs, parts = inference.auroc_over_runs(labels, scores, folds=folds)
+    moved, same = inference.auroc_over_runs(labels, scores + 5 * folds, folds=folds)
+    assert moved == pytest.approx(runs)
+    assert float(same[0][0]) == pytest.approx(float(parts[0][0]))
+    own = [inference.delong(labels[folds == fold], scores[:, folds == fold])[0] for fold in (0, 1)]
+    assert runs == pytest.approx(own[0] / 3 + own[1] * 2 / 3)
+    found = inference.delong_test(labels, scores, scores[:, ::-1], folds=folds)
+    assert found["difference"] == pytest.approx(found["per_run"].mean())
