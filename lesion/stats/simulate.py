@@ -226,7 +226,7 @@ def tables(rows: list[dict]) -> str:
                   "|--:|--:|--:|" + ":--|" * len(REGIMES)]
         found = {tuple(row["cell"][key] for key in ("positives", "tiles", "runs", "regime")): row["found"]
                  for row in by_kind[kind]}
-        for key in dict.fromkeys(key[:3] for key in found):
+        for key in sorted({key[:3] for key in found}):
             cells = [found.get((*key, regime)) for regime in REGIMES]
             lines.append(f"| {' | '.join(map(str, key))} | " + " | ".join(
                 "–" if cell is None else f"{_short(cell['level'])}, {cell['coverage']:.1%}, {_short(cell['power'])}"
@@ -234,8 +234,7 @@ def tables(rows: list[dict]) -> str:
         lines.append("")
     lines += ["Every metric by the bootstrap: level, coverage of the difference, coverage of an arm's figure; all "
               "regimes together (without gates)", ""]
-    sizes = list(dict.fromkeys((row["cell"]["positives"], row["cell"]["tiles"], row["cell"]["runs"])
-                               for row in by_kind["metrics"]))
+    sizes = sorted({(row["cell"]["positives"], row["cell"]["tiles"], row["cell"]["runs"]) for row in by_kind["metrics"]})
     lines += ["| metric | " + " | ".join(f"{p} x {t}, {r} run{'s' * (r > 1)}" for p, t, r in sizes) + " |",
               "|:--|" + ":--|" * len(sizes)]
     for name, metric in classification.METRICS.items():
