@@ -144,7 +144,7 @@ def difference_interval(estimate: float, parts: Parts, ceiling: float = 1.0, lev
     if variance < _ZERO:
         return None
     half = float(critical(parts, level)) * np.sqrt(variance)
-    return max(estimate - half, -ceiling), min(estimate + half, ceiling)
+    return max(float(estimate - half), -ceiling), min(float(estimate + half), ceiling)
 
 
 def interval(estimate: float, parts: Parts, patients: int, ceiling: float = 1.0,

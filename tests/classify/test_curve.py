@@ -1,4 +1,5 @@
 """lesion.classify.curve: figures within folds, weighted and added as written; what synthetic tiles are worth, by hand."""
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,6 +33,16 @@ def test_scores_of_folds_are_never_mixed():
     assert curve.auroc(folds) == before
     single = [curve.auroc([fold])["auroc"] for fold in folds]
     assert before["auroc"] == pytest.approx(0.25 * single[0] + 0.75 * single[1])
+
+
+def test_what_is_found_is_json():
+    """Figures of real runs, through `summary`, as curve.json holds them."""
+    rng = np.random.default_rng(2)
+    folds = [{arm: [run(rng, shift) for _ in range(3)] for arm, shift in (("S2", 1.5), ("O1", 0.5))} for _ in range(2)]
+    for fold in folds:
+        for seed in range(3):
+            fold["S2"][seed].labels = fold["O1"][seed].labels
+    json.dumps(curve.summary([curve.point(None, 1.0, 100.0, folds)]))
 
 
 def point(real, o1, gain=0.0, low=0.0, ratio=1.0):
