@@ -70,6 +70,7 @@ def _keep(path: Path, older: Path) -> None:
         spare.unlink(missing_ok=True)
         os.link(path, spare)
         os.replace(spare, older)
+        spare.unlink(missing_ok=True)  # still there where `older` was this very file already: then rename(2) does nothing
     except OSError:
         os.replace(path, older)  # a file system without hard links
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 
 from lesion.run import devices
 from lesion.run.optim import load_optimizer_tensors, optimizer_tensors
-from lesion.run.state import files_sha256, load_state, provenance, save_state, weights_sha256
+from lesion.run.state import files_sha256, load_newest, load_state, previous_of, provenance, save_state, weights_sha256
 
 # --- random numbers --------------------------------------------------------------------------------------------------
 
@@ -242,3 +243,13 @@ def test_peak_memory_is_this_process_own():
     assert here[0] == 1
     assert small < 2
     assert 0.4 < large - small < 0.7
+
+
+def test_a_state_that_is_its_own_predecessor_leaves_nothing(tmp_path):
+    """Killed between the two renames of a save: both names are one file, and the next save leaves no third."""
+    path = tmp_path / "x.safetensors"
+    save_state(path, {"a": torch.ones(1)}, {"step": 1}, keep_last=True)
+    os.link(path, previous_of(path))
+    save_state(path, {"a": torch.ones(1)}, {"step": 2}, keep_last=True)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["x.previous.safetensors", "x.safetensors"]
+    assert load_newest(path)[1] == {"step": 2}
