@@ -379,6 +379,18 @@ def test_an_interrupted_call_goes_on(base, lora, data, tmp_path):
     assert (cut / "malignant-00000.png").stat().st_mtime_ns == kept
 
 
+def test_a_row_of_no_picture_is_taken_out(base, lora, data, tmp_path, capsys):
+    """One bit of a name flipped: the row that names no picture goes, its picture is drawn again; a longer call's rows stay."""
+    flags = ["--prompts-from", data, "--lora", lora, "--batch-size", 2]
+    draw(base, tmp_path / "whole", *flags, count=4)
+    shutil.copytree(tmp_path / "whole", tmp_path / "spoilt")
+    manifest = tmp_path / "spoilt" / "metadata.jsonl"
+    manifest.write_bytes(manifest.read_bytes().replace(b"malignant-00001.png", b"mamignant-00001.png"))
+    draw(base, tmp_path / "spoilt", *flags, count=2)
+    assert "mamignant-00001.png is listed, but not there" in capsys.readouterr().out
+    assert [row["file_name"] for row in files.read_manifest(tmp_path / "spoilt")] == [f"malignant-{i:05d}.png" for i in range(4)]
+
+
 @pytest.mark.parametrize("damage", ["cut", "another picture", "another row", "row without hash"])
 def test_a_finished_picture_is_verified(base, lora, data, tmp_path, capsys, damage):
     """A cut or replaced picture, or a row that is not the one it was drawn from, is named and drawn again; every byte of the folder
