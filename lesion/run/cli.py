@@ -120,7 +120,7 @@ def stop_request() -> Iterator[Stop]:
 
 
 RECORDED = ("provenance", "base_sha256", "data_sha256", "color_norm", "tiles", "tag_frequency",
-            "init_lora_sha256")  # in args.json, no flags
+            "init_lora_sha256", "threads")  # in args.json, no flags
 
 
 def with_recipe(parser: argparse.ArgumentParser, argv: list[str] | None) -> list[str]:
