@@ -122,9 +122,10 @@ def draw(found: dict, path: Path) -> None:
         for number, name in enumerate(points[0]["arms"]):
             y = np.array([one["arms"][name]["auroc"] for one in points])
             reach = np.abs([[one["arms"][name][end] for one in points] for end in ("low", "high")] - y)
-            x = np.array([one["real"] for one in points]) * 1.03 ** number  # side by side: intervals overlap
+            x = np.array([one["real"] for one in points]) * 1.03 ** (number - (len(points[0]["arms"]) - 1) / 2)  # side by side
             panel.errorbar(x, y, reach, marker="os^Dv<"[number], capsize=2, label=name, linewidth=1)
-        panel.set(xscale="log", xlabel="real malignant training tiles a fold", title=f"synthetic : real = {ratio:g} : 1")
+        panel.set(xscale="log", xlabel="real malignant training tiles a fold", title=f"synthetic : real = {ratio:g} : 1",
+                  xlim=(0.7 * min(one["real"] for one in points), 1.4 * max(one["real"] for one in points)))
         panel.set_xticks([one["real"] for one in points], [f"{one['real']:.0f}" for one in points], minor=False)
         panel.minorticks_off()
     panels[0].set_ylabel("AUROC, each tile tested once")
