@@ -51,6 +51,8 @@ def check_vocabulary(folder: Path, rows: int) -> None:
             "DIR"
         )
     config = _json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    if type(config.get("model_max_length", 77)) not in (int, float):
+        raise ValueError(f"tokenizer folder {folder}: model_max_length {config['model_max_length']!r} is no number; give --tokenizer DIR")
     pad = config.get("pad_token", END)
     pad = pad.get("content") if isinstance(pad, dict) else pad
     if pad not in (END, None):

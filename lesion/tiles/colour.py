@@ -54,8 +54,9 @@ def check_reference(reference: object, place: str) -> None:
     """ValueError, naming `place`, for what is no line of `skin_reference`."""
     try:
         numbers = np.array([[float(v) for v in reference[name]] for name in ("mean", "direction")])
-        whole = numbers.shape == (2, 2) and np.isfinite(numbers).all()
-    except (TypeError, ValueError, KeyError):
+        whole = numbers.shape == (2, 2) and np.isfinite(numbers).all() and all(
+            type(v) in (int, float) for name in ("mean", "direction") for v in reference[name])  # not "1_0", which float() reads
+    except (TypeError, ValueError, KeyError, OverflowError):
         whole = False
     if not whole:
         raise ValueError(f"{place}: color_norm_reference {reference!r} is not two numbers each of mean and direction: "

@@ -8,7 +8,7 @@ import h5py
 import layouts
 import numpy as np
 from fuzz import hostile
-from fuzz.reader import TILE, Reader, each, must, only
+from fuzz.reader import TILE, Reader, as_file, each, must, only
 from hypothesis import strategies as st
 
 import generate
@@ -191,6 +191,8 @@ READERS = [
 ]
 
 EXAMPLES = {  # what was once a traceback, a hang or a memory full
+    "dataset.json": [as_file("dataset.json", DATASET | {"color_norm_reference": {"mean": [0.1, -0.1], "direction": [0.6, value]}})
+                     for value in ("1_0", 10**400)],
     "prepare": [
         {
             "metadata.jsonl": b"".join(

@@ -351,5 +351,6 @@ EXAMPLES = {  # what was once a traceback, a hang or a memory full
     "checkpoint configs": [as_file("scheduler/scheduler_config.json", {"beta_start": 10**400})],
     "checkpoint yaml": [{"model.yaml": text} for text in (b"a: !!timestamp x", b"a: !!bool maybe", b"a: !!int ''")],
     "recipe": [{"recipe": text} for text in (b"a: !!timestamp x", b"1: 2", hostile.BOMB.encode())],
-    "tokenizer": [as_file("tokenizer/special_tokens_map.json", {"x_token": {"content": "<x>"}})],
+    "tokenizer": [as_file("tokenizer/special_tokens_map.json", {"x_token": {"content": "<x>"}}),
+                  as_file("tokenizer/tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", "model_max_length": {"x": 1}})],
 }
