@@ -4,7 +4,6 @@ Measured on two cores beside one busy process (`python -m lesion bench train --b
 Proven by tests/run/test_cores.py.
 """
 import os
-import sys
 from pathlib import Path
 
 STAT = Path("/proc/stat")
@@ -36,7 +35,7 @@ def free(cores: int, begun: tuple | None, now: tuple | None) -> int:
 def use_free(before: int | None = None) -> int:
     """Let PyTorch use the cores that are free now, or `before`: what the run had that goes on, since another number of threads
     adds in another order. Unchanged where OMP_NUM_THREADS says how many. Returns the number."""
-    torch = sys.modules["torch"]
+    import torch
     if "OMP_NUM_THREADS" not in os.environ:
         known = isinstance(before, int) and 0 < before <= (os.cpu_count() or 1)
         torch.set_num_threads(before if known else free(torch.get_num_threads(), BEGUN, sample()))

@@ -73,14 +73,14 @@ class _Test:
         fewest = self.fewest if metric is classification.METRICS["auroc"] else (self.carriers, self.healthy)
         return bool(holds) and inference.enough(*fewest, runs)
 
-    def auroc(self, seeds: list) -> tuple[list, inference.Parts | None]:
+    def auroc(self, runs: list) -> tuple[list, inference.Parts | None]:
         """(AUROC of each run within folds, parts of their mean's variance or None) of runs on cross-fitted tiles."""
-        if self.judges(classification.METRICS["auroc"], len(seeds)):
-            values, parts = inference.auroc_over_runs(self.labels, np.stack([run.scores for run in seeds]), seeds[0].patients, self.folds)
+        if self.judges(classification.METRICS["auroc"], len(runs)):
+            values, parts = inference.auroc_over_runs(self.labels, np.stack([run.scores for run in runs]), runs[0].patients, self.folds)
             return values.tolist(), parts
         masks, weights = inference.folds_of(self.labels, self.folds)
         return [float(sum(weight * classification.evaluate(run.labels[mask], run.scores[mask], 0.5)["auroc"][0]
-                          for mask, weight in zip(masks, weights))) for run in seeds], None
+                          for mask, weight in zip(masks, weights))) for run in runs], None
 
     def units(self, metric: classification.Metric) -> int:
         """How many patients the metric is a rate of."""
