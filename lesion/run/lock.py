@@ -64,7 +64,6 @@ def owner(folder: Path, *, beside: bool = False, shared: bool = False, wanted: b
     if shared and not (place.is_dir() and os.access(place, os.W_OK)):  # who only reads needs no lock to say what is wrong
         yield
         return
-    place.mkdir(parents=True, exist_ok=True)
     descriptor = _acquire(path, folder, shared)
     _open.add(descriptor)
     try:
@@ -90,9 +89,17 @@ def owner(folder: Path, *, beside: bool = False, shared: bool = False, wanted: b
 
 
 def _acquire(path: Path, folder: Path, shared: bool) -> int:
-    """The descriptor of the locked file."""
+    """The descriptor of the locked file, in a folder that is made if need be: again, where an owner that ends takes one away."""
+    taken = 0
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except (FileNotFoundError, FileExistsError):
+            taken += 1
+            if taken == 1000:
+                raise  # nobody else's doing: a place where nothing can be made
+            continue
         try:
             _lock(descriptor, shared)
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):

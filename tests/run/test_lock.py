@@ -154,6 +154,24 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "x").read_bytes() == b"1"
 
 
+def test_a_folder_taken_away(tmp_path, monkeypatch):
+    """The owner before ends, and takes its empty folder with it, at the worst moment: between our making it and our lock."""
+    real, taken = os.open, []
+
+    def unlucky(path, *rest):
+        if len(taken) < 3 and str(path).endswith(".lock"):
+            os.rmdir(tmp_path / "a" / "run")
+            taken.append(os.rmdir(tmp_path / "a"))
+        return real(path, *rest)
+    monkeypatch.setattr(lock.os, "open", unlucky)
+    with lock.owner(tmp_path / "a" / "run"):
+        assert (tmp_path / "a" / "run" / ".lock").is_file()
+    assert len(taken) == 3
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    with pytest.raises(OSError), lock.owner(tmp_path / "file"):  # no folder will ever be there: an error, not a wait
+        pass
+
+
 def test_twenty_at_once(tmp_path):
     """Twenty processes that start together: at every moment one owner, and whoever is refused is told by whom."""
     code = textwrap.dedent("""
