@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lesion.run import cli, files, folders
+from lesion.run import cli, devices, files, folders
 from lesion.run.optim import load_optimizer_tensors, optimizer_tensors, warmup_cosine
 from lesion.run.state import fitting, grouped, in_order, load_newest, of_group, previous_of, provenance, save_state
 from lesion.tiles.decode import load_tiles
@@ -49,7 +49,8 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Sitting:
-    """Where a stage reads and writes and when it pauses: nothing here changes what the weights become."""
+    """Where a stage reads and writes, when it pauses, and which of how many processes this is (torchrun's: each takes its part of
+    a step's batch, and rank 0 writes). Nothing here changes what the weights become but `world`, in the sums' last bits."""
     data: Path
     out: Path
     start: Path | None
@@ -58,6 +59,8 @@ class Sitting:
     checkpoint_every: int
     stop_at: int | None
     stop_after_minutes: float | None
+    rank: int = 0
+    world: int = 1
 
 
 @dataclass(frozen=True)
@@ -89,26 +92,27 @@ def benign_training_tiles(data: Path, resolution: int) -> tuple[np.ndarray, list
 def train(stage: Stage, recipe: Recipe, sitting: Sitting) -> tuple[dict[str, Tensor], list[dict], bool]:
     """Train from the checkpoint, if there is one, to the last step or to where the sitting ends.
 
-    Gives the averaged weights, the recipe's changes ("sittings", see `resume`) and whether the last step was reached. Writes
+    With several processes the logged losses are those of rank 0's part. Gives the averaged weights, the recipe's changes ("sittings", see `resume`) and whether the last step was reached. Writes
     OUT/<stage>.jsonl and OUT/<stage>.checkpoint.safetensors. ValueError if the loss is not finite.
     """
     ema = {key: value.clone() for key, value in stage.model.state_dict().items()}
-    bar = cli.progress(total=recipe.steps, desc=stage.name, unit="step")
+    bar = cli.progress(total=recipe.steps, desc=stage.name, unit="step", disable=sitting.rank > 0)
     first, sittings = resume(stage, ema, recipe, sitting, bar.write)
     bar.initial = bar.n = first
     began, last = time.monotonic(), first
     for step in range(first, recipe.steps):
         set_rate(stage, recipe, step)
         losses = stage.losses(step)
-        update(stage.optimizer, stage.model, losses["loss"], step)
+        update(stage.optimizer, stage.model, losses["loss"], step, sitting.world)
         ema_update(ema, stage.model, recipe.ema, step)
         bar.update()
         if step % 50 == 0:
             bar.set_postfix_str(f"loss {losses['loss'].item():.4f}")
         last = step + 1
         minutes = (time.monotonic() - began) / 60
-        stop = last == sitting.stop_at or (sitting.stop_after_minutes is not None and minutes > sitting.stop_after_minutes)
-        if last % sitting.checkpoint_every == 0 or last == recipe.steps or stop:
+        late = sitting.stop_after_minutes is not None and minutes > sitting.stop_after_minutes
+        stop = last == sitting.stop_at or bool(devices.agree(int(late), sitting.world))
+        if sitting.rank == 0 and (last % sitting.checkpoint_every == 0 or last == recipe.steps or stop):
             quality = stage.check(last, ema)
             files.append_jsonl(sitting.out / f"{stage.name}.jsonl", {
                 "step": last, "lr": learning_rate(recipe, step), **{key: value.item() for key, value in losses.items()}, **quality})
@@ -132,9 +136,9 @@ def set_rate(stage: Stage, recipe: Recipe, step: int) -> None:
             group["lr"] = learning_rate(recipe, step)
 
 
-def update(optimizer: torch.optim.Optimizer, model: nn.Module, loss: Tensor, step: int) -> None:
-    """One AdamW step down the loss, its gradient clipped to norm 1. ValueError if the loss is not finite."""
-    if not torch.isfinite(loss):
+def update(optimizer: torch.optim.Optimizer, model: nn.Module, loss: Tensor, step: int, world: int = 1) -> None:
+    """One AdamW step down the loss, its gradient clipped to norm 1. ValueError, in all `world` processes, if one's loss is not finite."""
+    if devices.agree(int(not torch.isfinite(loss)), world):
         raise ValueError(f"loss is {loss.item()} at step {step}: lower --lr; the last checkpoint is kept")
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -183,7 +187,8 @@ def resume(stage: Stage, ema: dict[str, Tensor], recipe: Recipe, sitting: Sittin
     if not sitting.resume and (path.exists() or previous_of(path).exists()):
         raise ValueError(f"{path} exists: give --resume to go on, or another --out")
     found = load_newest(path) if sitting.resume else None
-    folders.cut_metrics(sitting.out / f"{stage.name}.jsonl", found[1]["step"] if found else 0)
+    if sitting.rank == 0:
+        folders.cut_metrics(sitting.out / f"{stage.name}.jsonl", found[1]["step"] if found else 0)
     if found is None:
         return 0, [{"from_step": 0, **known}]
     tensors, meta, notes = found

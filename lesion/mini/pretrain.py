@@ -2,14 +2,16 @@
 
 vae: the autoencoder (lesion/mini/vae.py). texture: its decoder against a critic (texture.py). unet: tokenizer, text encoder and
 U-Net on its latents (unet.py). check: figures on split `val` (check.py, samples.py). Each stage resumes to the bit.
+On several cores stage unet goes fastest as a process a core, one thread each (measured; docs in the card of `mini`):
+OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m lesion pretrain --stage unet ...
 Proven by tests/mini/test_pretrain.py.
 """
+import contextlib
 import json
 from pathlib import Path
 
 from lesion.run import cli, lock, sums
 
-BF16_STAGES = ("vae", "texture")  # convolutions gain by it; the U-Net's attention loses more than they gain (measured on a CPU)
 NETWORKS = ("text_encoder", "unet", "vae")  # the folders of a model
 
 
@@ -34,7 +36,7 @@ def parse(argv: list[str]):
     group.add_argument("--warmup-steps", type=cli.number(int, low=0), default=200, help="steps of linear warm-up")
     group.add_argument("--ema", type=cli.number(float, low=0, high=0.99999), default=0.999, help="decay of the weights' moving average")
     group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-                       help="auto: bf16 for vae and texture where the processor has it, else fp32")
+                       help="auto: bf16 where the processor has it, else fp32")
     group.add_argument("--crop", type=int, choices=(64, 128), default=64, help="vae: side of the random crops in pixels")
     group.add_argument("--kl-weight", type=cli.number(float, low=0), default=5e-4, help="vae: weight of the KL term per latent value")
     group.add_argument("--chroma-weight", type=cli.number(float, low=0), default=3.0, help="vae: of colour errors over brightness errors")
@@ -70,8 +72,11 @@ def main(argv: list[str]) -> None:
         return
     from lesion.mini import texture, unet, vae
     stage = {"vae": vae.train, "texture": texture.train, "unet": unet.train}[args.stage]
-    with lock.owner(args.out), sums.over(args.out):
-        stage(recipe_of(args), sitting_of(args))
+    rank, world, _ = devices.process("cpu")
+    if world > 1 and (args.stage != "unet" or args.batch_size % world):
+        raise ValueError(f"{world} processes share the steps of --stage unet alone, and a batch that they can divide")
+    with lock.owner(args.out, wanted=rank == 0), contextlib.nullcontext() if rank else sums.over(args.out):
+        stage(recipe_of(args), sitting_of(args, rank, world))
 
 
 def recipe_of(args):
@@ -82,18 +87,19 @@ def recipe_of(args):
 
     from lesion.mini.loop import Recipe
     from lesion.run.state import files_sha256
+    from lesion.sd import fast
     known = {field.name: getattr(args, field.name) for field in fields(Recipe) if hasattr(args, field.name)}
     if args.precision == "auto":
-        known["precision"] = "bf16" if args.stage in BF16_STAGES and torch.cpu._is_avx512_bf16_supported() else "fp32"
+        known["precision"] = fast.default_precision(torch.device("cpu"))
     weights = [path for name in NETWORKS for path in sorted((args.start / name).glob("*.safetensors"))] if args.start else []
     if args.start and not weights:
         raise ValueError(f"--start {args.start} holds no model: give a folder as this command writes it")
     return Recipe(**known, start_sha256=files_sha256(weights) if weights else None)
 
 
-def sitting_of(args):
-    """Where the stage reads and writes, and when it pauses."""
+def sitting_of(args, rank: int = 0, world: int = 1):
+    """Where the stage reads and writes, when it pauses, and this process's part."""
     from dataclasses import fields
 
     from lesion.mini.loop import Sitting
-    return Sitting(**{field.name: getattr(args, field.name) for field in fields(Sitting)})
+    return Sitting(**{field.name: getattr(args, field.name) for field in fields(Sitting) if hasattr(args, field.name)}, rank=rank, world=world)

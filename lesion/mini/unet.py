@@ -17,7 +17,7 @@ from lesion.mini import loop
 from lesion.mini import vae as autoencoder
 from lesion.mini.loop import Recipe, Sitting
 from lesion.run import cli, devices, files, sheets
-from lesion.sd import checkpoint, pipeline, schedule
+from lesion.sd import checkpoint, fast, pipeline, schedule
 from lesion.sd.clip import CLIPTextConfig, CLIPTextEncoder, Tokenizer
 from lesion.sd.unet import UNet, UNetConfig
 from lesion.sd.vae import to_images_u8
@@ -106,22 +106,26 @@ def train(recipe: Recipe, sitting: Sitting) -> None:
     tile_of_step, views = schedule_of_tiles(rows[:count], recipe)
     held = np.array([(i, 0) for i in range(count, len(rows))])
     pairs = np.concatenate([np.unique(np.stack([tile_of_step.ravel(), views.ravel()], 1), axis=0), held])
-    mean, logvar = encode(vae, images_u8, pairs, sitting.data / ".cache", torch.device("cpu"),
-                          lambda items: cli.progress(items, desc="latents", unit="tile"))
-    model = build(write_tokenizer(sitting.out / "tokenizer"), recipe.seed)
+    with devices.first_rank_first(sitting.rank, sitting.world):
+        mean, logvar = encode(vae, images_u8, pairs, sitting.data / ".cache", torch.device("cpu"),
+                              lambda items: cli.progress(items, desc="latents", unit="tile"))
+        vocabulary = write_tokenizer(sitting.out / "tokenizer")
+    model = build(vocabulary, recipe.seed)
     if sitting.start:
         begin_with(model, sitting.start, vae)
+    fast.use(model.unet, model.text_encoder)
+    shared, part = devices.distributed(model, sitting.world, torch.device("cpu")), slice(sitting.rank, None, sitting.world)
     sd = checkpoint.StableDiffusion(model.unet, vae, model.text_encoder, Tokenizer(sitting.out / "tokenizer"), str(sitting.out))
     texts = Texts(sd, [row["text"] for row in rows], trained=True)
 
     def losses(step: int) -> dict[str, Tensor]:
         tile, view = tile_of_step[step], views[step]
         draws = draw_step(recipe.seed, step, (recipe.batch_size, *mean.shape[2:]), caption_dropout=recipe.caption_dropout)
-        latents = posterior_sample(mean[tile, view], logvar[tile, view], draws.posterior, sd.latent_scale)
+        latents = posterior_sample(mean[tile, view], logvar[tile, view], draws.posterior, sd.latent_scale)[part]
         with devices.autocast(torch.device("cpu"), recipe.precision):
-            error = noise_error(model, latents.to(memory_format=torch.channels_last), draws.noise, draws.timesteps,
-                                **texts(tile, draws.dropped))
-        return {"loss": (schedule.min_snr_weight(draws.timesteps, MIN_SNR_GAMMA) * error).mean()}
+            error = noise_error(shared, latents.to(memory_format=torch.channels_last), draws.noise[part], draws.timesteps[part],
+                                **texts(tile[part], draws.dropped[part]))
+        return {"loss": (schedule.min_snr_weight(draws.timesteps[part], MIN_SNR_GAMMA) * error).mean()}
 
     def check(step: int, ema: dict[str, Tensor]) -> dict[str, float]:
         with loop.averaged(model, ema):
@@ -130,7 +134,8 @@ def train(recipe: Recipe, sitting: Sitting) -> None:
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     ema, sittings, _ = loop.train(loop.Stage("unet", model, optimizer, losses, check, {}), recipe, sitting)
-    export(sitting.out, model, ema, loop.origin(rows, sittings))
+    if sitting.rank == 0:
+        export(sitting.out, model, ema, loop.origin(rows, sittings))
 
 
 def schedule_of_tiles(rows: list[dict], recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:

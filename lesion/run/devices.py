@@ -8,6 +8,7 @@ import ctypes
 import functools
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,16 @@ def distributed(model: nn.Module, world: int, device: torch.device) -> nn.Module
     if world == 1:
         return model
     return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+@contextlib.contextmanager
+def first_rank_first(rank: int, world: int) -> Iterator[None]:
+    """Rank 0 goes through the block alone, then the others: what it leaves in a cache, they read."""
+    if rank:
+        torch.distributed.barrier()
+    yield
+    if world > 1 and rank == 0:
+        torch.distributed.barrier()
 
 
 @functools.cache
