@@ -3,7 +3,7 @@
 vae: the autoencoder (lesion/mini/vae.py). texture: its decoder against a critic (texture.py). unet: tokenizer, text encoder and
 U-Net on its latents (unet.py). check: figures on split `val` (check.py, samples.py). Each stage resumes to the bit.
 On several cores stage unet goes fastest as a process a core, one thread each (measured; docs in the card of `mini`):
-OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m lesion pretrain --stage unet ...
+OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m -- lesion pretrain --stage unet ...
 Proven by tests/mini/test_pretrain.py.
 """
 import contextlib

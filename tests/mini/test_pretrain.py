@@ -1,13 +1,18 @@
 """`python -m lesion pretrain`: both stages run, resume to the bit, end in a folder that our loader and diffusers read."""
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from lesion.describe import prompts
 from lesion.mini import check, loop, pretrain, unet
@@ -152,6 +157,43 @@ def test_start(data, tmp_path):
     run("vae", data, tmp_path / "third", "--seed", 1)
     with pytest.raises(ValueError, match="latents of another autoencoder"):
         run("unet", data, tmp_path / "third", "--start", folders.MINI)
+
+
+TORCHRUN = """
+import sys
+from lesion.mini import loop, pretrain, unet
+loop.CHECK_TILES = 8
+unet.sample_sheet = lambda *_, **__: None
+pretrain.main(sys.argv[1:])
+"""
+
+
+def test_two_processes_equal_one(data, tmp_path, monkeypatch):
+    """Stage unet under torchrun, in two sittings: two processes with half a batch each take the steps of one with the whole (without the
+    averaging, weights go elsewhere); a batch that cannot be shared and another stage are refused."""
+    monkeypatch.setattr(unet, "sample_sheet", lambda *_, **__: None)
+    flags = ("--batch-size", 4, "--precision", "fp32")
+    for name in ("two", "one"):
+        run("vae", data, tmp_path / name, "--steps", 1)
+    run("unet", data, tmp_path / "one", *flags)
+    (tmp_path / "run.py").write_text(TORCHRUN, encoding="utf-8")
+    for more in (("--stop-at", 2), ("--resume",)):
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--",
+                               *map(str, (tmp_path / "run.py", "--stage", "unet", "--data", data, "--out", tmp_path / "two", "--steps", 4,
+                                          "--warmup-steps", 2, "--checkpoint-every", 2, *flags, *more))],
+                              env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(loop.__file__).parents[2])},
+                              capture_output=True, encoding="utf-8", timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+    two, one = (load_file(tmp_path / name / "unet.checkpoint.safetensors") for name in ("two", "one"))
+    begin = unet.build(unet.write_tokenizer(tmp_path / "tokenizer"), 0).state_dict()
+    way = {key: (one[f"model.{key}"] - value).norm() for key, value in begin.items()}
+    apart = {key: (two[f"model.{key}"] - one[f"model.{key}"]).norm() for key in begin}
+    assert sum(apart.values()) < 0.05 * sum(way.values())
+    assert [row["step"] for row in files.read_jsonl(tmp_path / "two" / "unet.jsonl")] == [2, 4]
+    monkeypatch.setattr("lesion.run.devices.process", lambda _: (0, 2, torch.device("cpu")))
+    for stage, size in (("unet", 3), ("vae", 4)):
+        with pytest.raises(ValueError, match="2 processes share"):
+            run(stage, data, tmp_path / "two", "--batch-size", size, "--resume")
 
 
 def test_vocabulary_covers_the_grammar(tmp_path):
