@@ -14,7 +14,7 @@ from pathlib import Path
 from lesion.classify import arms
 from lesion.report import request
 from lesion.report.request import Request
-from lesion.run import cli, lock, sums
+from lesion.run import cli, files, lock, sums
 
 TITLE = "Synthetic skin lesions: are they useful?"
 
@@ -48,6 +48,10 @@ def main(argv=None) -> None:
     asked = fill_from_newest(args)
     for folder in filter(None, (asked.classify, *asked.synthetic)):
         sums.require(folder)
+    if asked.data:
+        sums.require(asked.data, None if asked.synthetic else [files.MANIFEST, files.DATASET])
+    for folder in asked.runs:
+        sums.require_unless_gone(folder)
     with lock.owner(args.out, beside=True):
         report(args, asked)
 

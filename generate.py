@@ -105,7 +105,7 @@ def generate(args) -> None:
     networks = {"unet": sd.unet, "text_encoder": sd.text_encoder}
     for path, _ in args.lora:
         for part in formats.files(path):
-            sums.require(part.parent, [part.name])
+            sums.require_file(part)
     notes = list(sd.notes)
     loras = [(path, weight, *formats.read(path, networks, args.lora_alpha, notes)) for path, weight in args.lora]
     if rank == 0 and notes:
@@ -162,10 +162,11 @@ def generate(args) -> None:
     rows = [row_of(args.label, i, prompt, args.seed + i, common) for i, prompt in enumerate(prompts)]
     batches = [rows[start:start + args.batch_size] for start in range(0, len(rows), args.batch_size)]
     if rank == 0:
-        open_folder(args.out, {"base": args.base, "base_sha256": base_sha256, "loras": used, "settings": settings, "threads": threads})
+        open_folder(args.out, {"base": args.base, "base_sha256": base_sha256, "base_settings_sha256": sd.settings_sha256, "loras": used,
+                               "settings": settings, "threads": threads})
         sums.begin(args.out)
         for name, what in keep_whole(args.out, batches):
-            print(f"{args.out / name} {what}: drawn again")
+            print(f"{args.out / name} {what}: taken out, and drawn again where it is asked for")
         print(f"{args.count} tiles of {args.resolution} px into {args.out}; base {args.base}, "
               f"LoRA {', '.join(lora['file'] for lora in used) or 'none'}; {device}, {args.precision}", flush=True)
 
@@ -261,6 +262,7 @@ def fill_from_newest_run(args) -> None:
 
 def training_rows(args) -> list[dict]:
     """The training tiles of --label that prompts are drawn from, each with a text. ValueError if there are none."""
+    sums.require(args.prompts_from, [files.MANIFEST])
     rows = [
         row for row in files.read_manifest(args.prompts_from) if row.get("label") == args.label and row.get("split", "train") == "train"
     ]
@@ -332,7 +334,7 @@ def open_folder(out: Path, provenance: dict) -> None:
     if path.is_file():
         old = files.read_json(path)
         fresh = json.loads(json.dumps(provenance))
-        changed = [key for key in ("base_sha256", "loras", "settings") if old.get(key) != fresh[key]]
+        changed = [key for key in ("base_sha256", "base_settings_sha256", "loras", "settings") if old.get(key) != fresh[key]]
         if changed == ["settings"] and isinstance(old.get("settings"), dict):
             changed = [key for key in old["settings"] | fresh["settings"] if old["settings"].get(key) != fresh["settings"].get(key)]
         if changed:
@@ -363,11 +365,12 @@ def keep_whole(out: Path, batches: list[list[dict]]) -> list[tuple[str, str]]:
         states = {row["file_name"]: state_of(out / row["file_name"], row, have.get(row["file_name"])) for row in some}
         wrong += [(name, state) for name, state in states.items() if state and name in have]
         again += states if any(state is not None for state in states.values()) else []
-    for name in again:
-        (out / name).unlink(missing_ok=True)
     ours = {row["file_name"] for some in batches for row in some}
-    stray = [name for name in have if name not in ours and not (out / name).is_file()]
-    wrong += [(name, "is listed, but not there") for name in stray]
+    others = {name: state_of(out / name, row, row) for name, row in have.items() if name not in ours}  # a longer call's
+    stray = [name for name, state in others.items() if state and ("sha256" in have[name] or not (out / name).is_file())]
+    wrong += [(name, others[name]) for name in stray]
+    for name in (*again, *stray):
+        (out / name).unlink(missing_ok=True)
     if any(name in have for name in (*again, *stray)):
         files.write_manifest(out, [row for name, row in have.items() if name not in (*again, *stray)])
     return wrong

@@ -106,7 +106,7 @@ def train(flags: dict, out: Path, resume: bool, stop: cli.Stop) -> None:
     from lesion.sd import checkpoint, fast
     from lesion.tiles.seen import files_seen, train_files
     from lesion.train import setup, watch
-    from lesion.train.checkpoint import Progress, load_checkpoint, lora_of_step, save_checkpoint, write_loras
+    from lesion.train.checkpoint import STATES, Progress, load_checkpoint, lora_of_step, save_checkpoint, write_loras
     from lesion.train.latents import encode, plan
     from lesion.train.step import Batch, Denoiser, adamw, backward, draw_step, update
 
@@ -122,7 +122,6 @@ def train(flags: dict, out: Path, resume: bool, stop: cli.Stop) -> None:
     def progress(text: str):
         return lambda items, **more: cli.progress(items, **{**more, "desc": text, "unit": "tile", "disable": not first_rank})
     tiles, held_out = setup.tiles_of_class(recipe, say, progress("tiles"))
-    sums.require(recipe.data, [row["file_name"] for row in tiles.rows + held_out.rows])
     sd = checkpoint.load(recipe.base, device, devices.DTYPES[recipe.precision], recipe.tokenizer, recipe.vae)
     for note in sd.notes:
         say(f"note: {note}")
@@ -131,11 +130,22 @@ def train(flags: dict, out: Path, resume: bool, stop: cli.Stop) -> None:
     threads = cores.use_free((earlier or {}).get("threads")) if device.type == "cpu" else None
     record = setup.record_of(recipe, sd, seen, earlier) | {"threads": threads}
 
-    # --- LoRA: float32 factors beside frozen weights; the run folder, once nothing is left to refuse ---
+    # --- LoRA: float32 factors beside frozen weights; optimizer, fp16 loss scale, state ---
     networks = setup.add_lora(recipe, sd, record["init_lora"])
     groups = setup.parameter_groups(recipe, networks)
     parameters = [p for group in groups for p in group["params"]]
     if first_rank:
+        folders.check_run(out, record, resume, FREE)
+    optimizer = adamw(groups, recipe.lr, recipe.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
+    at = load_checkpoint(out, networks, optimizer, scaler, say) if resume else Progress()
+    done = at.step
+    if done > recipe.steps:
+        raise ValueError(f"{out} has done {done} steps already: --steps {recipe.steps} is fewer")
+
+    # --- the run folder, now that nothing is left to refuse ---
+    if first_rank:
+        sums.require_unless_gone(out, but=STATES)
         folders.open_run(out, record, resume, FREE)
         sums.begin(out)
         seen = files_seen(seen, formats.find(Path(record["init_lora"])) if record["init_lora"] else None)
@@ -156,14 +166,7 @@ def train(flags: dict, out: Path, resume: bool, stop: cli.Stop) -> None:
     validate = watch.validation(recipe, sd, held_out, device) if first_rank else None
     sample = watch.sampling(recipe, sd, tiles.rows, device)
 
-    # --- optimizer, fp16 loss scale, state ---
     model = devices.distributed(Denoiser(sd.unet, sd.text_encoder), world, device)
-    optimizer = adamw(groups, recipe.lr, recipe.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
-    at = load_checkpoint(out, networks, optimizer, scaler, say) if resume else Progress()
-    done = at.step
-    if done > recipe.steps:
-        raise ValueError(f"{out} has done {done} steps already: --steps {recipe.steps} is fewer")
     log = watch.Log(out, device, tiles.rows, done, batch_size, writes=first_rank, curves=flags["log"] == "tensorboard")
     if first_rank:
         log.open(done)

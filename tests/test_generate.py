@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lesion.lora import formats, layers
-from lesion.run import files, sheets
+from lesion.run import files, sheets, sums
 from lesion.sd import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,6 +63,13 @@ def random_lora(networks, seed: int, rank: int = 2, strength: float = 0.3) -> di
             down, up = torch.randn(rank, inside, generator=g), torch.randn(out, rank, generator=g)
             factors[f"{name}.{path}"] = layers.Factors(strength * down, strength * up, 1.0)
     return factors
+
+
+def spoil(path, at):
+    """Flip one bit of a file's byte `at`."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
 
 
 def write_lora(path, factors, **metadata):
@@ -387,8 +394,41 @@ def test_a_row_of_no_picture_is_taken_out(base, lora, data, tmp_path, capsys):
     manifest = tmp_path / "spoilt" / "metadata.jsonl"
     manifest.write_bytes(manifest.read_bytes().replace(b"malignant-00001.png", b"mamignant-00001.png"))
     draw(base, tmp_path / "spoilt", *flags, count=2)
-    assert "mamignant-00001.png is listed, but not there" in capsys.readouterr().out
+    assert "mamignant-00001.png is missing: taken out" in capsys.readouterr().out
     assert [row["file_name"] for row in files.read_manifest(tmp_path / "spoilt")] == [f"malignant-{i:05d}.png" for i in range(4)]
+
+
+def test_a_longer_calls_damaged_picture_is_taken_out(base, lora, data, tmp_path, capsys):
+    """A shorter call does not vouch for it: the picture goes with its row, and the longer call draws it again, to the byte."""
+    flags = ["--prompts-from", data, "--lora", lora, "--batch-size", 2]
+    draw(base, tmp_path / "whole", *flags, count=4)
+    shutil.copytree(tmp_path / "whole", tmp_path / "spoilt")
+    shutil.copy(tmp_path / "whole" / "malignant-00001.png", tmp_path / "spoilt" / "malignant-00003.png")
+    draw(base, tmp_path / "spoilt", *flags, count=2)
+    assert "malignant-00003.png is not the picture that was drawn" in capsys.readouterr().out
+    assert len(files.read_manifest(tmp_path / "spoilt")) == 3
+    assert not (tmp_path / "spoilt" / "malignant-00003.png").exists()
+    draw(base, tmp_path / "spoilt", *flags, count=4)
+    assert contents(tmp_path / "spoilt") == contents(tmp_path / "whole")
+
+
+def test_a_changed_lora_is_refused(base, networks, data, tmp_path):
+    """One bit of a run's LoRA, of its last or of one of its checkpoints/; and of the texts that prompts are drawn from."""
+    run, texts = tmp_path / "run", tmp_path / "texts"
+    for path in (run / "lora.safetensors", run / "checkpoints" / "lora-000001.safetensors"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_lora(path, random_lora(networks, 1))
+    sums.write(run)
+    for path in run.rglob("*.safetensors"):
+        spoil(path, -2)
+        with pytest.raises(ValueError, match=f"{path.name} is not what was written"):
+            draw(base, tmp_path / "out", "--lora", path)
+    shutil.copytree(data, texts)
+    sums.write(texts)
+    spoil(texts / "metadata.jsonl", (texts / "metadata.jsonl").read_bytes().index(b"lesion"))
+    with pytest.raises(ValueError, match="metadata.jsonl is not what was written"):
+        draw(base, tmp_path / "out", "--prompts-from", texts)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("damage", ["cut", "another picture", "another row", "row without hash"])

@@ -90,7 +90,7 @@ def read_inputs(sweep: Sweep) -> Inputs:
     synthetic, checked = read_synthetic(sweep, folds, extra)
     network.build(sweep.arch, sweep.weights, sweep.seed)  # weights that cannot be had are found here
     used = {row["file_name"] for parts in folds for part in (parts.train, parts.val, parts.test) for row in part}
-    sums.require(sweep.data, used)
+    sums.require(sweep.data, {files.MANIFEST, files.DATASET, *used})
     for folder in {row["folder"]: None for chosen in synthetic for row in chosen}:
         sums.require(folder, {row["file_name"] for chosen in synthetic for row in chosen if row["folder"] == folder})
     stack, place = read_images(sweep, folds, synthetic)
@@ -216,6 +216,7 @@ def describe(sweep: Sweep, inputs: Inputs) -> dict:
     counts = [{name: {label: sum(row["label"] == label for row in getattr(parts, name)) for label in arms.LABELS}
                for name in ("train", "val", "test")} | {"added": count} for parts, count in zip(inputs.folds, inputs.extra)]
     return {**sweep.flags(), "data_sha256": inputs.identity, "synthetic_sha256": sha or known,
+            "weights_sha256": files.sha256_file(Path(sweep.weights)) if Path(sweep.weights).is_file() else None,
             "experiments": [name for name in arms.ARMS if name in sweep.experiments or name in old.get("experiments", [])],
             "seeds": max(sweep.seeds, old.get("seeds", 0)), "counts": counts, "checked": inputs.checked or old.get("checked"),
             "notes": list(dict.fromkeys(notes_of(inputs) + old.get("notes", []))), "provenance": provenance()}

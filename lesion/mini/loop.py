@@ -27,7 +27,8 @@ CHECK_TILES = 256  # training tiles held back to watch the loss; `val` is never 
 @dataclass(frozen=True)
 class Recipe:
     """What decides the weights of a stage, beside the tiles: the flags of `python -m lesion pretrain`, resolved (units and
-    ranges in its --help). `start_sha256`: of the weight files of the model that the stage began with, or None."""
+    ranges in its --help). `start_sha256`: of the weight files of the model that the stage began with, or None;
+    `data_sha256`: of the benign training tiles and their texts."""
     steps: int
     batch_size: int
     lr: float
@@ -36,6 +37,7 @@ class Recipe:
     precision: str
     seed: int
     start_sha256: str | None
+    data_sha256: str
     crop: int
     kl_weight: float
     chroma_weight: float
@@ -75,12 +77,22 @@ class Stage:
     also: dict[str, tuple[nn.Module, torch.optim.Optimizer]]
 
 
+def benign_training_rows(data: Path) -> list[dict]:
+    """Of the manifest."""
+    return [row for row in files.read_manifest(data) if row.get("split") == "train" and row.get("label") == "benign"]
+
+
+def data_sha256(data: Path) -> str:
+    """Identity of what the stages learn from: the benign training tiles by their bytes, and their texts."""
+    return files.sha256_json([[files.sha256_file(data / row["file_name"]), row.get("text")] for row in benign_training_rows(data)])
+
+
 def benign_training_tiles(data: Path, resolution: int) -> tuple[np.ndarray, list[dict]]:
     """Tiles of the benign training rows: (uint8 [N,R,R,3], rows), the last CHECK_TILES to be held back by the caller.
 
     ValueError if there are fewer than twice as many.
     """
-    rows = [row for row in files.read_manifest(data) if row.get("split") == "train" and row.get("label") == "benign"]
+    rows = benign_training_rows(data)
     if len(rows) < 2 * CHECK_TILES:
         raise ValueError(f"{data} has {len(rows)} benign training tiles; at least {2 * CHECK_TILES} are needed")
     tiles = load_tiles(data, rows, resolution, progress=cli.progress)
@@ -92,8 +104,9 @@ def benign_training_tiles(data: Path, resolution: int) -> tuple[np.ndarray, list
 def train(stage: Stage, recipe: Recipe, sitting: Sitting) -> tuple[dict[str, Tensor], list[dict], bool]:
     """Train from the checkpoint, if there is one, to the last step or to where the sitting ends.
 
-    With several processes the logged losses are those of rank 0's part. Gives the averaged weights, the recipe's changes ("sittings", see `resume`) and whether the last step was reached. Writes
-    OUT/<stage>.jsonl and OUT/<stage>.checkpoint.safetensors. ValueError if the loss is not finite.
+    Gives the averaged weights, the recipe's changes ("sittings", see `resume`) and whether the last step was reached. Writes
+    OUT/<stage>.jsonl (with several processes, rank 0's losses) and OUT/<stage>.checkpoint.safetensors. ValueError if the loss is
+    not finite.
     """
     ema = {key: value.clone() for key, value in stage.model.state_dict().items()}
     bar = cli.progress(total=recipe.steps, desc=stage.name, unit="step", disable=sitting.rank > 0)

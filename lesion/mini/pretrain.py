@@ -85,7 +85,7 @@ def recipe_of(args):
 
     import torch
 
-    from lesion.mini.loop import Recipe
+    from lesion.mini.loop import Recipe, data_sha256
     from lesion.run.state import files_sha256
     from lesion.sd import fast
     known = {field.name: getattr(args, field.name) for field in fields(Recipe) if hasattr(args, field.name)}
@@ -94,7 +94,7 @@ def recipe_of(args):
     weights = [path for name in NETWORKS for path in sorted((args.start / name).glob("*.safetensors"))] if args.start else []
     if args.start and not weights:
         raise ValueError(f"--start {args.start} holds no model: give a folder as this command writes it")
-    return Recipe(**known, start_sha256=files_sha256(weights) if weights else None)
+    return Recipe(**known, start_sha256=files_sha256(weights) if weights else None, data_sha256=data_sha256(args.data))
 
 
 def sitting_of(args, rank: int = 0, world: int = 1):
@@ -102,4 +102,5 @@ def sitting_of(args, rank: int = 0, world: int = 1):
     from dataclasses import fields
 
     from lesion.mini.loop import Sitting
-    return Sitting(**{field.name: getattr(args, field.name) for field in fields(Sitting) if hasattr(args, field.name)}, rank=rank, world=world)
+    flags = {field.name: getattr(args, field.name) for field in fields(Sitting) if hasattr(args, field.name)}
+    return Sitting(**flags, rank=rank, world=world)

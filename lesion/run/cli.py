@@ -6,12 +6,14 @@ import argparse
 import contextlib
 import errno
 import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 
 LONGEST = 2000  # signs of an error
+ACTED_ON = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # by a terminal: all control codes but tab and newline
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,6 +36,20 @@ def one_line(error: object) -> str:
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
+class Printable:
+    """A text stream to a terminal: names and texts of other people's files may stand in what is written, and signs that a terminal
+    would act upon (control codes, switches of the writing direction) are escaped. Everything else is the stream's own."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return self.stream.write(ACTED_ON.sub(lambda sign: sign[0].encode("unicode_escape").decode(), text))
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, as an exception: whatever tidies up after ctrl-C does so after it too."""
 
@@ -42,6 +58,7 @@ def run(main: Callable[[], None], prog: str) -> None:
     """Call `main`; what a user can cause (ValueError, a missing or unreadable file, a full disk) ends in one line and exit code
     2, ctrl-C in exit code 130, SIGTERM in 143. `LESION_DEBUG=1` shows the traceback instead."""
     code = 0
+    own_stdout, sys.stdout = sys.stdout, sys.stdout and Printable(sys.stdout)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show does not stop the work
@@ -58,6 +75,8 @@ def run(main: Callable[[], None], prog: str) -> None:
             code, text = 143, "terminated"
         except KeyboardInterrupt:
             code, text = 130, "interrupted"
+        finally:
+            sys.stdout = own_stdout
     if code:
         print(f"{prog}: {text}", file=sys.stderr)
         sys.exit(code)
@@ -119,7 +138,7 @@ def stop_request() -> Iterator[Stop]:
         yield stop
 
 
-RECORDED = ("provenance", "base_sha256", "data_sha256", "color_norm", "tiles", "tag_frequency",
+RECORDED = ("provenance", "base_sha256", "base_settings_sha256", "weights_sha256", "data_sha256", "color_norm", "tiles", "tag_frequency",
             "init_lora_sha256", "threads")  # in args.json, no flags
 
 

@@ -22,6 +22,8 @@ except ImportError:  # Windows
     fcntl = None
 
 MANIFEST = "metadata.jsonl"
+DATASET = "dataset.json"  # how the set was made: beside the manifest
+NO_LINKS = getattr(os, "O_NOFOLLOW", 0)  # a link is not opened for it: what we write stays in its folder
 TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # as mkstemp names them in `atomic_path`
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 MISSING = {"", "na", "n/a", "nan", "null", "none", "<na>"}
@@ -77,7 +79,7 @@ def sweep(folder: Path, deep: bool = True) -> list[Path]:
     for place, inner, names in os.walk(folder):
         for path in (Path(place, name) for name in names if TEMPORARY.fullmatch(name)):
             with contextlib.suppress(OSError):  # held by its writer, or gone meanwhile
-                handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+                handle = os.open(path, os.O_RDONLY | NO_LINKS)
                 try:
                     _mark(handle)
                 finally:
@@ -165,7 +167,7 @@ def append_jsonl(path: Path, *rows: dict) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    with open(path, "ab+") as file:
+    with open(path, "ab+", opener=lambda name, flags: os.open(name, flags | NO_LINKS, 0o666)) as file:
         end = file.seek(0, os.SEEK_END)
         if end:
             file.seek(end - 1)

@@ -148,15 +148,19 @@ def _fsync(path: Path) -> None:
 
 
 def open_run(folder: Path, recipe: dict, resume: bool, free: tuple[str, ...] = ()) -> bool:
-    """Make the run folder, or reopen it with `resume`; True if it was there. Writes `args.json`.
+    """Make the run folder, or reopen it with `resume`; True if it was there. Writes `args.json`. ValueError as `check_run`."""
+    was_there = check_run(folder, recipe, resume, free)
+    files.write_json(Path(folder) / "args.json", recipe)
+    return was_there
 
-    ValueError if the folder holds another run, or if the resumed run's recipe differs beyond the `free` flags.
-    """
+
+def check_run(folder: Path, recipe: dict, resume: bool, free: tuple[str, ...] = ()) -> bool:
+    """Whether the run folder is there. ValueError if it holds another run, or if the resumed run's recipe differs beyond the `free`
+    flags."""
     path = Path(folder) / "args.json"
     if not path.is_file():
         if Path(folder).exists() and any(entry.name[0] != "." for entry in Path(folder).iterdir()):
             raise ValueError(f"{folder} exists and is not a run folder: give another --out")
-        files.write_json(path, recipe)
         return False
     if not resume:
         raise ValueError(f"{folder} holds a run already: give --resume to go on with it, or another --out")
@@ -166,7 +170,6 @@ def open_run(folder: Path, recipe: dict, resume: bool, free: tuple[str, ...] = (
     if changed:
         raise ValueError(f"{folder} cannot be resumed with another recipe: " + ", ".join(
             f"{key} was {old.get(key)!r}, now {recipe[key]!r}" for key in changed))
-    files.write_json(path, recipe)
     return True
 
 

@@ -94,7 +94,7 @@ def _acquire(path: Path, folder: Path, shared: bool) -> int:
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | files.NO_LINKS, 0o666)
         except (FileNotFoundError, FileExistsError):
             taken += 1
             if taken == 1000:
@@ -102,7 +102,7 @@ def _acquire(path: Path, folder: Path, shared: bool) -> int:
             continue
         try:
             _lock(descriptor, shared)
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
                 return descriptor
         except FileNotFoundError:
             pass  # its owner removed the file between our open and our lock: try the next one

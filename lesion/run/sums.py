@@ -74,15 +74,42 @@ def require(folder: Path, names: Iterable[str] | None = None) -> None:
     SHA256SUMS (still being written, or not ours) passes."""
     if (Path(folder) / NAME).is_file() and (found := problems(folder, names)):
         more = f" (and {len(found) - 1} more: python -m lesion verify {folder})" if len(found) > 1 else ""
-        raise ValueError(f"{found[0]}{more}; restore it, or write the folder anew")
+        raise ValueError(f"{found[0]}{more}; restore it, or write the folder anew; if the change is yours, remove "
+                         f"{Path(folder) / NAME}")
+
+
+def require_file(path: Path) -> None:
+    """`require` for one file, by the hashes of its folder or of the one above it (a run's checkpoints/)."""
+    path = Path(path).absolute()
+    for folder in (path.parent, path.parent.parent):
+        if (folder / NAME).is_file():
+            require(folder, [path.relative_to(folder).as_posix()])
+
+
+def require_unless_gone(folder: Path, but: tuple[str, ...] = ()) -> None:
+    """`require` for all listed files that are still there, less those named: for a command that adds to a folder from which people
+    remove old files."""
+    if (Path(folder) / NAME).is_file():
+        require(folder, [name for name in read(folder) if (Path(folder) / name).exists() and name not in but])
 
 
 @contextlib.contextmanager
 def over(folder: Path, wanted: bool = True):
-    """The hashes of `folder` are checked, then void while the block changes it, and written when it ends well."""
-    if wanted:
-        require(folder)
-        begin(folder)
-    yield
-    if wanted:
-        write(folder)
+    """The hashes of `folder` are checked, then void while the block changes it, and written when it ends well. They come back if
+    it fails before it has changed anything."""
+    if not wanted:
+        yield
+        return
+    require(folder)
+    path = Path(folder) / NAME
+    before = path.read_bytes() if path.is_file() else None
+    begin(folder)
+    try:
+        yield
+    except BaseException:
+        if before is not None:
+            files.write_bytes(path, before)
+            if sorted(read(folder)) != artefacts(folder) or problems(folder):
+                begin(folder)
+        raise
+    write(folder)

@@ -6,6 +6,8 @@ them is noted. What a checkpoint says of itself is in lesion/sd/configs.py. Pick
 `python -m lesion convert`. Proven by tests/sd/test_checkpoint.py, tests/sd/test_hub.py and
 tests/parity/test_networks.py.
 """
+import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,6 +43,14 @@ class StableDiffusion:
     source: str
     files: list[Path] = field(default_factory=list)  # the weight files, in a fixed order: hash them for provenance
     notes: list[str] = field(default_factory=list)  # what was passed over, one line each: for the user to see
+
+    @property
+    def settings_sha256(self) -> str:
+        """What decides the numbers beside the weights: sizes of the networks, latent scale, vocabulary and merges."""
+        sizes = [repr(network.config) for network in (self.unet, self.vae, self.text_encoder)]
+        folder = self.tokenizer.folder
+        words = [(folder / name).read_text(encoding="utf-8").splitlines() for name in vocabulary.tokenizer_files(folder)]
+        return hashlib.sha256(json.dumps([sizes, words]).encode()).hexdigest()
 
     @property
     def latent_scale(self) -> float:

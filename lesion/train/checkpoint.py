@@ -14,10 +14,11 @@ from torch import nn
 from lesion.lora import formats, layers
 from lesion.run.folders import read_metrics
 from lesion.run.optim import load_optimizer_tensors, optimizer_tensors
-from lesion.run.state import fitting, grouped, load_newest, of_group, save_state
+from lesion.run.state import fitting, grouped, load_newest, of_group, previous_of, save_state
 from lesion.train.setup import Recipe
 
 STATE = "checkpoint.safetensors"
+STATES = (STATE, previous_of(Path(STATE)).name)  # verified by hashes of their own
 
 
 @dataclass

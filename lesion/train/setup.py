@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lesion.lora import formats, layers
-from lesion.run import devices, files, folders
+from lesion.run import devices, files, folders, sums
 from lesion.run.state import files_sha256, provenance
 from lesion.sd import fast
 from lesion.sd.checkpoint import StableDiffusion
@@ -86,6 +86,7 @@ def record_of(recipe: Recipe, sd: StableDiffusion, seen: list[dict], resumed: di
     known = recipe.flags()
     texts = {row["file_name"]: row["text"] for row in files.read_manifest(recipe.data)}
     known["base_sha256"] = files_sha256(sd.files)
+    known["base_settings_sha256"] = sd.settings_sha256
     known["data_sha256"] = files.sha256_json([[row["sha256"], texts[row["file_name"]]] for row in seen])
     known["color_norm"] = recorded_norm(recipe.data)[0]
     known["tiles"] = len(seen)
@@ -132,6 +133,7 @@ def tiles_of_class(recipe: Recipe, say: Callable[[str], None], progress: Callabl
         raise ValueError(f"{data}: {len(without)} tiles have no text, first {without[0]}; run python -m lesion prepare or label")
     train, held = hold_out(train, recipe.holdout, recipe.seed)
     held = (held + [row for row in mine if row.get("split") == "val"])[:recipe.val_tiles]
+    sums.require(data, [files.MANIFEST, files.DATASET, *(row["file_name"] for row in train + held)])
     tiles = load_tiles(data, train, recipe.resolution, progress)
     held_out = load_tiles(data, held, recipe.resolution) if held else Tiles(tiles.images_u8[:0], [], [])
     for problem in tiles.unreadable + held_out.unreadable:
@@ -158,6 +160,8 @@ def add_lora(recipe: Recipe, sd: StableDiffusion, start: str | None) -> dict[str
         paths = layers.target_paths(network, recipe.lora_targets)
         layers.inject(network, paths, recipe.rank, recipe.alpha, devices.generator(recipe.seed, 0, number))
     if start:
+        for part in formats.files(Path(start)):
+            sums.require_file(part)
         factors, _ = formats.read(Path(start), {"unet": sd.unet, "text_encoder": sd.text_encoder})
         if recipe.phase == 1 and layers.of_network(factors, "text_encoder"):
             raise ValueError(f"{start} holds a text-encoder LoRA, which phase 1 would neither train nor save: use --phase 2")

@@ -29,6 +29,7 @@ try:
 except ImportError:  # Windows: no lock between processes
     fcntl = None
 
+from lesion.run import files
 from lesion.run.files import parse_json
 
 
@@ -41,7 +42,7 @@ class Journal:
         self.lock = threading.RLock()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         is_new = not self.path.exists()
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o644)
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0) | files.NO_LINKS, 0o644)
         try:
             if fcntl:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from lesion import __version__
-from lesion.run import files
+from lesion.run import files, sums
 from lesion.web import study_tiles
 from lesion.web.journal import read_journal
 from lesion.web.tables import write_table
@@ -64,6 +64,7 @@ def create(folder: Path, real: Path, synthetic: Path, count: int = 20, label: st
         if len(chosen) < count:
             raise ValueError(f"{source}: only {len(chosen)} of the {count} {label} tiles asked for are readable "
                              f"({unreadable[0]}): give a smaller --count, or more tiles")
+        sums.require(source, [files.MANIFEST, files.DATASET, *(row["file_name"] for row, _, _ in chosen)])
         skipped += unreadable
         for row, side, data in chosen:
             identity = hmac.new(key, f"{name}:{row['file_name']}".encode(), hashlib.sha256).hexdigest()[:16]

@@ -138,6 +138,10 @@ def test_changed_flags_are_refused_or_recorded(data, tmp_path):
     run("vae", data, tmp_path, "--stop-at", 2)
     with pytest.raises(ValueError, match=r"kl_weight was 0.0005, now 0.1.*--change-flags"):
         run("vae", data, tmp_path, "--resume", "--kl-weight", 0.1)
+    shutil.copytree(data, tmp_path / "other", ignore=shutil.ignore_patterns(".cache"))
+    shutil.copy(data / "images" / "3.png", tmp_path / "other" / "images" / "4.png")
+    with pytest.raises(ValueError, match=r"data_sha256 was .*--change-flags"):
+        run("vae", tmp_path / "other", tmp_path, "--resume")
     run("vae", data, tmp_path, "--resume", "--kl-weight", 0.1, "--change-flags")
     with safe_open(tmp_path / "vae" / "diffusion_pytorch_model.safetensors", "pt") as file:
         stretches = json.loads(file.metadata()["lesion_recipe"])

@@ -209,6 +209,14 @@ def test_progress_can_be_switched_off(capfd):
 # --- python -m lesion ------------------------------------------------------------------------------------------------
 
 
+def test_a_terminal_is_not_steered(capsys):
+    """What a file's own names and texts say is printed with its control codes escaped; line breaks, tabs and any script are not."""
+    def main():
+        print("a tile called \x1b]0;owned\x07\x9b2J\u202egnp.exe\r\tπ é 画\nnext")
+    cli.run(main, "prog")
+    assert capsys.readouterr().out == "a tile called \\x1b]0;owned\\x07\\x9b2J\\u202egnp.exe\\r\tπ é 画\nnext\n"
+
+
 def test_the_dispatcher(run_script):
     """No argument lists the commands; an unknown one is refused in one line that lists them; --version answers."""
     listed = run_script("-m lesion")

@@ -112,6 +112,15 @@ def test_append_after_a_torn_line(tmp_path):
         assert len(read) >= whole[:length].count(b"\n")
 
 
+def test_rows_are_not_appended_through_a_link(tmp_path):
+    """What a link in somebody's folder leads to is not ours to write."""
+    (tmp_path / "precious").write_text("mine\n", encoding="utf-8")
+    (tmp_path / "rows.jsonl").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError):
+        files.append_jsonl(tmp_path / "rows.jsonl", {"a": 1})
+    assert (tmp_path / "precious").read_text(encoding="utf-8") == "mine\n"
+
+
 def test_a_last_line_without_newline_is_kept(tmp_path):
     """An edited file whose last row is whole but unterminated loses nothing to reading or appending."""
     path = tmp_path / "log.jsonl"

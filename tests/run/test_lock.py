@@ -172,6 +172,16 @@ def test_a_folder_taken_away(tmp_path, monkeypatch):
         pass
 
 
+def test_a_link_is_no_lock(tmp_path):
+    """A folder that came with `.lock` as a link: the file it leads to is not written over."""
+    (tmp_path / "precious").write_text("mine", encoding="utf-8")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError), lock.owner(tmp_path / "run"):
+        pass
+    assert (tmp_path / "precious").read_text(encoding="utf-8") == "mine"
+
+
 def test_twenty_at_once(tmp_path):
     """Twenty processes that start together: at every moment one owner, and whoever is refused is told by whom."""
     code = textwrap.dedent("""

@@ -45,13 +45,20 @@ def test_a_changed_or_missing_file_is_named(folder):
 
 
 def test_a_command_at_work_voids_them(folder):
-    """While a command changes a folder there are no hashes; an end by error leaves none, a good end new ones."""
-    def fails():
+    """While a command changes a folder there are no hashes; an end by error leaves none, but where nothing had changed yet (a refused
+    flag) the same as before; a good end new ones."""
+    def fails(change):
         with sums.over(folder):
             assert not (folder / sums.NAME).exists()
+            change()
             raise RuntimeError
+    before = (folder / sums.NAME).read_bytes()
     with pytest.raises(RuntimeError):
-        fails()
+        fails(lambda: None)
+    assert (folder / sums.NAME).read_bytes() == before
+    with pytest.raises(RuntimeError):
+        fails(lambda: files.write_bytes(folder / "d", b"1"))
+    (folder / "d").unlink()
     assert not (folder / sums.NAME).exists()
     sums.require(folder)  # a folder without hashes passes
     with sums.over(folder):
@@ -60,6 +67,26 @@ def test_a_command_at_work_voids_them(folder):
     (folder / "c").write_text("2", encoding="utf-8")
     with pytest.raises(ValueError, match="c is not what was written"), sums.over(folder):
         pass
+
+
+def test_one_file_of_a_run(folder):
+    """A file is checked by the hashes of its folder, or of the one above it, as a run's checkpoints are; one of no such folder passes."""
+    for name in ("b.txt", "samples/a b.png"):
+        sums.require_file(folder / name)
+        (folder / name).write_text("new", encoding="utf-8")
+        with pytest.raises(ValueError, match="is not what was written"):
+            sums.require_file(folder / name)
+    sums.require_file(folder.parent / "elsewhere.safetensors")
+
+
+def test_what_is_gone_may_be_gone(folder):
+    """Who adds to a folder asks for what is still there: an old checkpoint removed by hand passes, a changed one does not."""
+    (folder / "samples" / "a b.png").unlink()
+    sums.require_unless_gone(folder)
+    (folder / "b.txt").write_text("new", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"b\.txt is not what was written"):
+        sums.require_unless_gone(folder)
+    sums.require_unless_gone(folder, but=("b.txt",))
 
 
 def test_update(folder):

@@ -183,6 +183,22 @@ def test_scaling_factor(tiny, folder, shared):
     assert load(tiny / "single.safetensors", shared).latent_scale == 0.18215
 
 
+def test_settings_are_part_of_the_identity(folder, shared, monkeypatch):
+    """Equal weights with another latent scale or vocabulary are another base: `settings_sha256` differs, and only then."""
+    monkeypatch.setattr(checkpoint, "Tokenizer", Tokenizer)
+    before = checkpoint.load(folder).settings_sha256
+    merges = folder / "tokenizer" / "merges.txt"
+    content = merges.read_text(encoding="utf-8")
+    merges.write_bytes(content.replace("\n", "\r\n").encode())
+    assert checkpoint.load(folder).settings_sha256 == before
+    lines = content.splitlines()
+    merges.write_text("\n".join([*lines[:-2], lines[-1], lines[-2]]), encoding="utf-8")
+    assert checkpoint.load(folder).settings_sha256 != before
+    merges.write_text(content, encoding="utf-8")
+    configure(folder, "vae", scaling_factor=0.18214)
+    assert checkpoint.load(folder).settings_sha256 != before
+
+
 def test_tokenizer(folder, shared, monkeypatch):
     """The folder's own by default, another one if given; an incomplete one is named with the flag that helps."""
     monkeypatch.setattr(checkpoint, "Tokenizer", Tokenizer)

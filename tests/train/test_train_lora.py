@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lesion.run import files
+from lesion.run import files, sums
 
 ROOT = Path(__file__).resolve().parents[2]
 spec = importlib.util.spec_from_file_location("train_lora", ROOT / "train_lora.py")
@@ -448,11 +448,37 @@ def test_a_second_run_on_one_folder_is_refused(tiny, data, tmp_path):
     assert not (tmp_path / "r").exists()
 
 
-def test_a_changed_tile_is_refused(tiny, data, tmp_path):
-    """A tile that is not the one that `prepare` wrote down is named before anything is learnt from it."""
-    from lesion.run import sums
+@pytest.mark.parametrize(("name", "change"), [
+    ("images/T_03.jpg", lambda content: content[:-4] + b"XX" + content[-2:]),
+    ("images/T_03.jpg", lambda content: content[:len(content) // 2]),  # cannot be read: but it could be when it was written
+    ("metadata.jsonl", lambda content: content.replace(b"lesion", b"lerion", 1)),
+    ("dataset.json", lambda content: content.replace(b"none", b"nine")),
+])
+def test_a_changed_data_set_is_refused(tiny, data, tmp_path, name, change):
+    """A tile, a text or a setting that is not what `prepare` wrote down is named before anything is learnt from it."""
     shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns(".cache"))
     sums.write(tmp_path / "data")
-    (tmp_path / "data" / "images" / "T_03.jpg").write_bytes((data / "images" / "T_04.jpg").read_bytes())
-    with pytest.raises(ValueError, match="T_03.jpg is not what was written: its SHA-256 differs from SHA256SUMS"):
+    (tmp_path / "data" / name).write_bytes(change((data / name).read_bytes()))
+    with pytest.raises(ValueError, match=f"{Path(name).name} is not what was written: its SHA-256 differs from SHA256SUMS"):
         train("--phase", 1, *flags(tiny, tmp_path / "data", tmp_path / "r"))
+
+
+def test_a_finished_run_is_not_spoilt(tiny, data, tmp_path):
+    """A refused --resume (fewer steps) leaves every byte; one bit of a finished run's LoRA is neither gone on from nor begun with, nor
+    taken for whole because the run was resumed; an old checkpoint that was removed by hand is not missed."""
+    run = tmp_path / "r"
+    train("--phase", 1, *flags(tiny, data, run, "--steps", 2, "--checkpoint-every", 1))
+    before = {path: digest(path) for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="has done 2 steps already: --steps 1 is fewer"):
+        train("--phase", 1, *flags(tiny, data, run, "--steps", 1, "--checkpoint-every", 1), "--resume")
+    assert {path: digest(path) for path in run.rglob("*") if path.is_file()} == before
+    (run / "checkpoints" / "lora-000001.safetensors").unlink()
+    train("--phase", 1, *flags(tiny, data, run, "--steps", 2, "--checkpoint-every", 1), "--resume")
+    content = bytearray((run / "lora.safetensors").read_bytes())
+    content[-2] ^= 64
+    (run / "lora.safetensors").write_bytes(content)
+    for more in (("--phase", 1, *flags(tiny, data, run, "--steps", 2, "--checkpoint-every", 1), "--resume"),
+                 ("--phase", 2, *flags(tiny, data, tmp_path / "p2", "--init-lora", run))):
+        with pytest.raises(ValueError, match="lora.safetensors is not what was written"):
+            train(*more)
+    assert not (tmp_path / "p2").exists()

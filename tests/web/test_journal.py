@@ -23,6 +23,14 @@ def test_rows_come_back_in_order_after_reopening(tmp_path):
         assert journal.bad == []
 
 
+def test_a_link_is_not_written_through(tmp_path):
+    """What a link in somebody's folder leads to is not ours to write."""
+    (tmp_path / "precious").write_text("", encoding="utf-8")
+    (tmp_path / "j.jsonl").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError):
+        Journal(tmp_path / "j.jsonl")
+
+
 def test_a_row_is_synced_before_append_returns(tmp_path, monkeypatch):
     """fsync is called after the bytes are in the file and before the caller hears back."""
     seen = []
