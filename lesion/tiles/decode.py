@@ -8,10 +8,13 @@ A tile shows 15 mm of skin with the lesion in the middle. Everything here keeps 
 - resizing is Pillow's bicubic, which widens its kernel when it shrinks (antialiased); Lanczos rings at hairs and pens.
 Pillow does not forgive truncated files here: such a tile is named as unreadable. Proven by tests/tiles/test_decode.py.
 """
+import contextlib
 import io
 import os
+import stat
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +31,7 @@ DARK = 20  # a border pixel's brightest channel is at most this (JPEG noise arou
 TILE_BYTES = 64 << 20  # encoded; the largest of ISIC's own challenges have under 20 MB
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # no other decoder is opened for a tile
 PIXELS = 50_000_000  # ISIC's largest have 24 million
+IN_FLIGHT = 2 * PIXELS  # of the pictures that threads decode at once: memory does not grow with cores
 SCANS = 100  # of a JPEG; a progressive one has ten, and every one takes the time of all pixels
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -170,11 +174,41 @@ def resize(image: np.ndarray, resolution: int) -> np.ndarray:
 
 def tile(data: bytes, resolution: int, color_norm: str = "none", reference: dict | None = None) -> np.ndarray:
     """One tile's bytes as the network sees it, [resolution, resolution, 3] uint8. ValueError if unreadable."""
-    return resize(colour.normalise(fill_borders(decode(data)), color_norm, reference), resolution)
+    with _turns.take(data):
+        return resize(colour.normalise(fill_borders(decode(data)), color_norm, reference), resolution)
+
+
+class _Turns:
+    """Threads wait until their picture fits beside those in work: IN_FLIGHT pixels together."""
+
+    def __init__(self):
+        self.taken, self.changed = 0, threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, data: bytes) -> Iterator[None]:
+        try:
+            width, height = size_of(io.BytesIO(data))
+        except ValueError:
+            width = height = 0  # `decode` says why
+        pixels = min(width * height, IN_FLIGHT)
+        with self.changed:
+            self.changed.wait_for(lambda: self.taken + pixels <= IN_FLIGHT)
+            self.taken += pixels
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.taken -= pixels
+                self.changed.notify_all()
+
+
+_turns = _Turns()
 
 
 def read_tile(path: Path) -> bytes:
-    """A tile's bytes; ValueError where they are more than TILE_BYTES."""
+    """A tile's bytes; ValueError where they are more than TILE_BYTES, or no file's (reading a pipe would wait for ever)."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("not a regular file: no tile")
     with open(path, "rb") as file:
         data = file.read(TILE_BYTES + 1)
     if len(data) > TILE_BYTES:
@@ -199,9 +233,10 @@ def load_tiles(folder: Path, rows: list[dict], resolution: int, progress: Callab
     """The tiles of `rows` (some of `folder`'s manifest) at resolution^2, under the set's recorded colour normalisation.
 
     Cached in `folder`/.cache under the SHA-256 of what decides the pixels: file names and their bytes' SHA-256,
-    resolution, colour normalisation, this module's VERSION; a cache whose own SHA-256 is not the recorded one is
-    decoded again. One that cannot be written (read-only folder) is done without. `progress` wraps the iterator of
-    tiles, as `cli.progress` does. ValueError if `rows` is empty or none is readable.
+    resolution, colour normalisation, this module's VERSION; a cache whose own SHA-256, over pixels and the list of
+    unreadable tiles, is not the recorded one is decoded again. One that cannot be written (read-only folder) is done
+    without. `progress` wraps the iterator of tiles, as `cli.progress` does. ValueError if `rows` is empty or none is
+    readable.
     """
     folder = Path(folder)
     if not rows:
@@ -210,7 +245,7 @@ def load_tiles(folder: Path, rows: list[dict], resolution: int, progress: Callab
     names = [row["file_name"] for row in rows]
     key = files.sha256_json([names, [_digest(folder / name) for name in names], resolution, norm, VERSION])[:16]
     cached, listing = folder / ".cache" / f"tiles-{key}.npy", folder / ".cache" / f"tiles-{key}.json"
-    if (kept := _cached(cached, listing)) is not None:
+    if (kept := _cached(cached, listing, (len(rows), resolution))) is not None:
         return _tiles(kept[0], rows, kept[1])
     images, problems = _decode_all(folder, names, resolution, norm, progress)
     if len(problems) == len(rows):
@@ -220,26 +255,38 @@ def load_tiles(folder: Path, rows: list[dict], resolution: int, progress: Callab
             left.unlink(missing_ok=True)
         with files.atomic_path(cached) as temporary, open(temporary, "wb") as file:
             np.save(file, images)
-        files.write_json(listing, {"sha256": files.sha256_file(cached), "unreadable": problems})
+        files.write_json(listing, {"sha256": _seal(cached, problems), "unreadable": problems})
     except OSError:
         return _tiles(images, rows, problems)
     return _tiles(np.load(cached, mmap_mode="r"), rows, problems)
 
 
-def _cached(cached: Path, listing: Path) -> tuple[np.ndarray, list] | None:
-    """(images, unreadable) of a cache that is whole: its bytes have the recorded SHA-256."""
+def _cached(cached: Path, listing: Path, wanted: tuple[int, int]) -> tuple[np.ndarray, list] | None:
+    """(images, unreadable) of a cache that is whole: its bytes and its list have the recorded SHA-256, and together they
+    account for the (tiles, resolution) `wanted`."""
     try:
         record = files.read_json(listing)
-        if record["sha256"] != files.sha256_file(cached):
+        problems = record["unreadable"]
+        if record["sha256"] != _seal(cached, problems):
             return None
-        return np.load(cached, mmap_mode="r"), record["unreadable"]
-    except (OSError, ValueError, KeyError):
+        images = np.load(cached, mmap_mode="r")
+        bad = [number for number, reason in problems]
+    except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None
+    count, side = wanted
+    listed = all(type(number) is int and 0 <= number < count for number in bad) and len(set(bad)) == len(bad)
+    shape = count - len(bad), side, side, 3
+    whole = listed and (getattr(images, "shape", None), getattr(images, "dtype", None)) == (shape, np.uint8)
+    return (images, problems) if whole else None
+
+
+def _seal(cached: Path, problems: list) -> str:
+    return files.sha256_json([files.sha256_file(cached), problems])
 
 
 def _digest(path: Path) -> str | None:
     try:
-        return files.sha256_file(path)
+        return files.sha256_file(path) if path.is_file() else None
     except OSError:
         return None
 

@@ -4,6 +4,7 @@ import json
 import os
 import stat
 import struct
+import threading
 import time
 import zipfile
 import zlib
@@ -369,6 +370,64 @@ def test_a_damaged_cache_heals(folder, kind):
         assert (found.images_u8 == first).all()
         assert found.rows == rows
         assert cache.read_bytes() == whole
+
+
+@pytest.mark.parametrize(("numbers", "sealed"), [
+    ([2], False), ([9], False), ([], True), ([3, 4], True), ([9], True), ([-1], True), ([True], True), ([3, 3], True),
+    (["3"], True), (None, True)])
+def test_the_list_of_unreadable_tiles_is_checked(folder, numbers, sealed):
+    """Another list beside the same pixels (one bit makes 2 of 3), or one under its right hash that does not account for
+    every tile: decoded again, and no row meets another's image."""
+    path, rows = folder
+    (path / rows[3]["file_name"]).write_bytes(b"torn")
+    first = decode.load_tiles(path, rows, 64)
+    assert first.rows == [*rows[:3], rows[4]]
+    pixels, listing = (next((path / ".cache").glob(f"*.{kind}")) for kind in ("npy", "json"))
+    whole = listing.read_bytes()
+    record = json.loads(whole)
+    record["unreadable"] = numbers and [[number, "why"] for number in numbers]
+    if sealed:
+        record["sha256"] = decode._seal(pixels, record["unreadable"])
+    listing.write_text(json.dumps(record), encoding="utf-8")
+    found = decode.load_tiles(path, rows, 64)
+    assert found.rows == first.rows
+    assert (found.images_u8 == first.images_u8).all()
+    assert listing.read_bytes() == whole
+
+
+def test_many_cores_decode_few_large_pictures_at_once(folder, monkeypatch):
+    """With 16 threads no more pixels are in work than IN_FLIGHT; a picture of more than that goes alone."""
+    path, _ = folder
+    rows = [{"file_name": f"images/{k}.png"} for k in range(24)]
+    for k, row in enumerate(rows):
+        (path / row["file_name"]).write_bytes(encoded(noise(40 if k % 12 else 90, k)))
+    inside, most, real, lock = [], [], decode.decode, threading.Lock()
+
+    def counting(data):
+        image = real(data)
+        with lock:
+            inside.append(image.shape[0] ** 2)
+            most.append((sum(inside), len(inside)))
+        time.sleep(0.01)
+        with lock:
+            inside.remove(image.shape[0] ** 2)
+        return image
+
+    monkeypatch.setattr(decode, "decode", counting)
+    monkeypatch.setattr(decode, "IN_FLIGHT", 3 * 40 ** 2)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    assert len(decode.load_tiles(path, rows, 16).rows) == 24
+    assert max(count for _, count in most) == 3
+    assert {count for pixels, count in most if pixels >= 90 ** 2} == {1}
+
+
+def test_a_pipe_is_no_tile(folder):
+    """A named pipe among the tiles, which nobody writes to: named as unreadable, not waited for."""
+    path, rows = folder
+    (path / rows[1]["file_name"]).unlink()
+    os.mkfifo(path / rows[1]["file_name"])
+    found = decode.load_tiles(path, rows, 64)
+    assert found.unreadable == ["images/1.jpg: not a regular file: no tile"]
 
 
 def test_what_a_killed_run_left_in_the_cache_is_swept(folder):
