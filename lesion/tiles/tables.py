@@ -228,6 +228,31 @@ def label_of(value: object, place: str, label_map: dict[str, str] | None = None)
     return LABELS[word]
 
 
+def take_label(row: dict, place: str, label_map: dict[str, str] | None = None) -> str:
+    """`label_of` what `row`'s LABEL_COLUMNS say, which leave it; "skip" if one says that. A column that says no label
+    beside one that does stays, as a diagnosis (`label` leaves: the prepared row has one of its own). ValueError, naming
+    `place`, where none says anything, or two say different things."""
+    said = {}
+    for name in LABEL_COLUMNS:
+        value = row.pop(name, None)
+        if is_missing(value):
+            continue
+        try:
+            said[name] = label_of(value, place, label_map)
+        except ValueError:
+            if not said:
+                raise
+            if name != "label":
+                row[name] = value
+    if not said:
+        raise ValueError(f"{place}: no label: expected a column label, malignant or target")
+    if "skip" in said.values():
+        return "skip"
+    if len(set(said.values())) > 1:
+        raise ValueError(f"{place}: {' but '.join(f'{name} says {label}' for name, label in said.items())}: correct one")
+    return next(iter(said.values()))
+
+
 def split_of(value: object, place: str) -> str:
     """"train", "val" or "test", however spelt; ValueError names the place otherwise."""
     part = SPLITS.get(str(value).strip().lower())
