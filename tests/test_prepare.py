@@ -544,7 +544,7 @@ def test_the_command_line(tmp_path, run_script):
     assert done.returncode == 0, done.stderr
     assert "24 tiles, CC-BY" in done.stdout
     for flags in (["--source", source, "--benign-train", "-3"], ["--source", tmp_path / "absent"],
-                  ["--source", source, "--seed", 1 << 32]):
+                  ["--source", source, "--split-file", csv, "--seed", 10 ** 310]):
         bad = run_script("-m lesion", "prepare", *flags, "--out", tmp_path / "bad")
         assert bad.returncode == 2
         assert len(bad.stderr.strip().splitlines()) == 1

@@ -246,6 +246,12 @@ def take_label(row: dict, place: str, label_map: dict[str, str] | None = None) -
                 row[name] = value
     if not said:
         raise ValueError(f"{place}: no label: expected a column label, malignant or target")
+    return agree(said, place)
+
+
+def agree(said: dict[str, str], place: str) -> str:
+    """The one label that all columns of `said` {column: label} say, "skip" if one says that. ValueError, naming `place`,
+    where they contradict each other."""
     if "skip" in said.values():
         return "skip"
     if len(set(said.values())) > 1:

@@ -48,6 +48,7 @@ RIGHT = {IDS[0]: "malignant", IDS[1]: "benign", IDS[2]: "benign"}, {IDS[0]: "IP_
     (text("isic_id,diagnosis_1,patient_id", [(i, {"1": "Malignant", "0": "Benign"}[y], p) for i, y, p in ROWS]), None),
     (text("isic_id,dx,patient_id", [(i, {"1": "bcc", "0": "nv"}[y], p) for i, y, p in ROWS]), "malignant are MEL, BCC, "
                                                                                               "SCC, AKIEC"),
+    (text("isic_id,target,patient_id,dx,diagnosis_1", [(*row, "nv", "Malignant" if row[1] == "1" else "") for row in ROWS]), None),
     (text("image,MEL,NV,BCC,patient_id", [(i, "0.0", str(1 - int(y)), y, p) for i, y, p in ROWS]), "malignant are MEL, "
                                                                                                    "BCC; benign are "
                                                                                                    "NV"),
@@ -88,6 +89,8 @@ def test_accents_composed_or_not_are_one_id(tmp_path):
     (text(rows=[(IDS[0], "melanoma", "a")]), "label 'melanoma' is not allowed: .* --label-map melanoma=malignant$"),
     (text(rows=[(IDS[0], "", "a")]), "label None is not allowed"), (text(rows=[("", "1", "a")]), "line 2: no isic_id"),
     (text(rows=[ROWS[0], (IDS[0], "0", "IP_1")]), "line 3: ISIC_0000001 is listed twice, as malignant and as benign"),
+    (text("isic_id,target,benign_malignant", [(IDS[0], "1", "benign")]), "line 2, ISIC_0000001: target says malignant but "
+                                                                         "benign_malignant says benign: correct one"),
     (text(rows=[(*ROWS[0], "x")]), "line 2: 4 columns, the header has 3"),
     (text("image,MEL,NV,BCC", [(IDS[0], "1", "1", "0")]), "line 2, ISIC_0000001: 2 of the columns MEL, NV, BCC are 1, "
                                                           "expected one"),
