@@ -96,11 +96,11 @@ def _prepare(args: Namespace) -> tuple:
     if smaller := sum(tile["source_side"] < settings["resolution"] for tile in real):
         print(f"{smaller} of the real tiles are smaller than that and were enlarged, which readers may notice")
     for line in study.get("skipped", []):
-        print(f"unreadable, another tile was taken: {line}")
+        print(cli.one_line(f"unreadable, another tile was taken: {line}"))
     readers = [_open_reader(args.folder, study, number) for number in range(len(study["readers"]))]
     for reader in readers:
         for number, reason in reader.journal.bad:
-            print(f"{reader.journal.path}, line {number}: skipped, {reason}")
+            print(cli.one_line(f"{reader.journal.path}, line {number}: skipped, {reason}"))
     study_folder.export(args.folder)
     print(f"{args.folder / 'answers.csv'}: {sum(len(reader.answers) for reader in readers)} answers")
     return study, readers

@@ -679,6 +679,26 @@ def test_sidecars(data, run_script):
         label_export.export_captions(data, [rows[0], rows[0] | {"file_name": "b/" + Path(rows[0]["file_name"]).name}], out)
 
 
+def test_odd_names_and_texts_stay_on_their_lines(data, tmp_path, capsys):
+    """Line separators and terminal codes in file names, several lines in a caption: a line a caption, a table row and a note."""
+    rows = files.read_manifest(data)[-2:]
+    for row, name in zip(rows, ("a\u2028b.png", "a\x9b2Jb.png")):
+        (data / row["file_name"]).rename(data / "images" / name)
+        row |= {"label": "malignant", "file_name": f"images/{name}", "text": "a mole\nwith\u2028three\x85lines"}
+    files.write_manifest(data, rows)
+    label.main([str(data), "--export-captions", str(tmp_path / "out")])
+    assert {path.read_text(encoding="utf-8") for path in (tmp_path / "out").iterdir()} == {"a mole with three lines\n"}
+    label.main([str(data), "--export-csv", str(tmp_path / "o.csv")])
+    assert (tmp_path / "o.csv").read_bytes().count(b"\n") == 3
+    (data / rows[1]["file_name"]).rename(data / "images" / "stray\x9b2J\u2028.png")
+    capsys.readouterr()
+    label.main([str(data), "--no-serve"])
+    notes = capsys.readouterr().out.splitlines()
+    assert [line.partition(": ")[0] for line in notes[:2]] == ["1 of 2 tiles left out", f"{BENIGN + MALIGNANT - 1} pictures left out"]
+    assert len(notes) == 3
+    assert "".join(notes).isprintable()
+
+
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--annotator", "../eve"], "allowed are 1 to 40 letters"), (["--annotator", ""], "allowed are 1 to 40"),
     (["--annotator", "a/b"], "allowed are"), (["--annotator", "primary"], "allowed are"), (["--agreement"], "needs two"),
