@@ -8,13 +8,11 @@ A tile shows 15 mm of skin with the lesion in the middle. Everything here keeps 
 - resizing is Pillow's bicubic, which widens its kernel when it shrinks (antialiased); Lanczos rings at hairs and pens.
 Pillow does not forgive truncated files here: such a tile is named as unreadable. Proven by tests/tiles/test_decode.py.
 """
-import contextlib
 import io
 import os
 import stat
-import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +29,7 @@ DARK = 20  # a border pixel's brightest channel is at most this (JPEG noise arou
 TILE_BYTES = 64 << 20  # encoded; the largest of ISIC's own challenges have under 20 MB
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # no other decoder is opened for a tile
 PIXELS = 50_000_000  # ISIC's largest have 24 million
-IN_FLIGHT = 2 * PIXELS  # of the pictures that threads decode at once: memory does not grow with cores
+LARGE, FEW = 4_000_000, 2  # pixels; the threads that decode what has more: one takes, and keeps, up to a gigabyte
 SCANS = 100  # of a JPEG; a progressive one has ten, and every one takes the time of all pixels
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -174,35 +172,7 @@ def resize(image: np.ndarray, resolution: int) -> np.ndarray:
 
 def tile(data: bytes, resolution: int, color_norm: str = "none", reference: dict | None = None) -> np.ndarray:
     """One tile's bytes as the network sees it, [resolution, resolution, 3] uint8. ValueError if unreadable."""
-    with _turns.take(data):
-        return resize(colour.normalise(fill_borders(decode(data)), color_norm, reference), resolution)
-
-
-class _Turns:
-    """Threads wait until their picture fits beside those in work: IN_FLIGHT pixels together."""
-
-    def __init__(self):
-        self.taken, self.changed = 0, threading.Condition()
-
-    @contextlib.contextmanager
-    def take(self, data: bytes) -> Iterator[None]:
-        try:
-            width, height = size_of(io.BytesIO(data))
-        except ValueError:
-            width = height = 0  # `decode` says why
-        pixels = min(width * height, IN_FLIGHT)
-        with self.changed:
-            self.changed.wait_for(lambda: self.taken + pixels <= IN_FLIGHT)
-            self.taken += pixels
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.taken -= pixels
-                self.changed.notify_all()
-
-
-_turns = _Turns()
+    return resize(colour.normalise(fill_borders(decode(data)), color_norm, reference), resolution)
 
 
 def read_tile(path: Path) -> bytes:
@@ -298,17 +268,20 @@ def _tiles(images: np.ndarray, rows: list[dict], problems: list) -> Tiles:
 
 
 def _decode_all(folder, names, resolution, norm, progress):
-    """Readable tiles [M,R,R,3], and [row number, reason] of the others. Pillow releases the GIL: threads do."""
+    """Readable tiles [M,R,R,3], and [row number, reason] of the others. Pillow releases the GIL: threads do; FEW of them
+    for large pictures, so that memory does not grow with cores."""
     images, problems = np.empty((len(names), resolution, resolution, 3), np.uint8), []
 
     def one(number):
         try:
-            images[number] = tile(read_tile(folder / names[number]), resolution, *norm)
+            data = read_tile(folder / names[number])
+            made = few.submit(tile, data, resolution, *norm).result() if _is_large(data) else tile(data, resolution, *norm)
+            images[number] = made
         except (OSError, ValueError) as error:
             return number, getattr(error, "strerror", None) or str(error)
         return number, None
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(FEW) as few, ThreadPoolExecutor(os.cpu_count()) as pool:
         done = pool.map(one, range(len(names)))
         for number, reason in progress(done, total=len(names), desc="tiles", unit="tile") if progress else done:
             if reason:
@@ -316,3 +289,11 @@ def _decode_all(folder, names, resolution, norm, progress):
     if problems:
         images = np.delete(images, [number for number, _ in problems], axis=0)
     return images, problems
+
+
+def _is_large(data: bytes) -> bool:
+    try:
+        width, height = size_of(io.BytesIO(data))
+    except ValueError:
+        return False  # `decode` says why
+    return width * height > LARGE
