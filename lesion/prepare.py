@@ -48,7 +48,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for part, count in BENIGN.items():
         group.add_argument(f"--benign-{part}", type=_count, metavar="N", default=argparse.SUPPRESS,
                            help=f"benign tiles of {part}, or all (default: {count}; with --split-file all)")
-    group.add_argument("--seed", type=cli.number(int, low=0), default=0, help="of the split and the sampling")
+    group.add_argument("--seed", type=cli.number(int, low=0, high=2 ** 32 - 1), default=0,
+                       help="of the split and the sampling")
     group = parser.add_argument_group("prompts and pixels")
     group.add_argument("--prompts", choices=("structured", "fixed"), default="structured",
                        help="a sentence of measured attributes, or one sentence a class; a caption that came with a "
@@ -74,6 +75,7 @@ def _label_word(text: str) -> tuple[str, str]:
 def main(argv: list[str]) -> None:
     """Source to prepared data set, in order: read, choose, check that it is new, build aside, rename into place."""
     args = parse(argv)
+    args.out = _place(args.out)
     with lock.owner(args.out, beside=True):
         prepare(args)
 
@@ -87,12 +89,12 @@ def prepare(args) -> None:
     print(f"reading {args.source}", flush=True)
     source = isic.open_source(args.source, args.ground_truth, args.workers, dict(getattr(args, "label_map", ())))
     print(f"  {source.layout}: {len(source.where)} labelled tiles")
-    print(f"  {source.account()}")
+    print(f"  {cli.one_line(source.account())}")
     try:
         split, ids = choose(source, args)
     finally:  # the reasons stand before a refusal
         for note in source.notes:
-            print(f"  {note}", flush=True)
+            print(f"  {cli.one_line(note)}", flush=True)
     details = metadata(source, ids)
     key = files.sha256_json([FORMAT, __version__, args.seed, args.prompts, args.color_norm,
                              [[i, split[i], source.labels[i], source.patients.get(i), source.stamp(i), details[i],
@@ -107,12 +109,13 @@ def prepare(args) -> None:
                              f"--overwrite")
     if args.out.exists() and any(args.out.iterdir()) and not args.overwrite:
         raise ValueError(f"--out {args.out} holds another data set: choose another folder, or --overwrite")
+    _check_replaceable(args.out)
     staging = args.out.parent / f".{args.out.name}.partial"
     said = len(source.notes)
     try:
         record = build(source, details, split, args, staging)
         for note in source.notes[said:]:
-            print(f"  {note}")
+            print(f"  {cli.one_line(note)}")
         files.write_json(staging / "dataset.json", {**record, "key": key})
         sums.write(staging)
         with contextlib.ExitStack() as held:
@@ -313,8 +316,25 @@ def _damaged(out: Path) -> str | None:
     return None
 
 
+def _place(out: Path) -> Path:
+    """The folder that --out stands for: a link's target is replaced, not the link."""
+    place = out.resolve()
+    return out if out.name == place.name and not out.is_symlink() else place
+
+
+def _check_replaceable(out: Path) -> None:
+    """ValueError for a folder that no other can be renamed over."""
+    inner = f"give another folder, such as --out {out / 'isic2024'}"
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise ValueError(f"--out {out} is the current folder or holds it, and would be taken away: {inner}")
+    if os.path.ismount(out):
+        raise ValueError(f"--out {out} is where a file system is mounted, and cannot be replaced: {inner}")
+
+
 def _check_out(out: Path, overwrite: bool) -> None:
     old = out.parent / f".{out.name}.old"
+    if old.is_symlink():
+        old.unlink()  # left where --out was a link
     if old.exists() and not out.exists():
         os.replace(old, out)  # an --overwrite was killed between its two renames
     shutil.rmtree(old, ignore_errors=True)  # or after them
@@ -339,7 +359,7 @@ def _swap(staging: Path, out: Path) -> None:
 def _report(out: Path, record: dict) -> None:
     counts = record["counts"]
     total = sum(count["benign"] + count["malignant"] for count in counts.values())
-    print(f"\n{out}: {total} tiles, {', '.join(record['license'])}, colour normalisation {record['color_norm']}\n\n"
+    print(f"\n{out}: {total} tiles, {cli.one_line(', '.join(record['license']))}, colour normalisation {record['color_norm']}\n\n"
           f"{'':16}{'benign':>9}{'malignant':>11}{'patients':>10}")
     for part, count in counts.items():
         print(f"{part:16}{count['benign']:9}{count['malignant']:11}{count['patients'] or 'unknown':>10}")
@@ -349,8 +369,8 @@ def _report(out: Path, record: dict) -> None:
         cells = ["unknown" if both[name] is None else both[name] for name in ("patients", "lesions", "exact", "near")]
         print(f"{pair:16}{cells[0]:>9}{cells[1]:>11}{cells[2]:>10}{cells[3]:>12}")
         for a, b, likeness in both["pairs"][:3]:
-            print(f"{'':16}{a} and {b}, likeness {likeness}")
+            print(f"{'':16}{cli.one_line(f'{a} and {b}')}, likeness {likeness}")
     for name, what in (("unreadable", "unreadable and left out"), ("not_square", "not square: their centre is used")):
         if record[name]:
-            print(f"\n{len(record[name])} tiles are {what}: {'; '.join(record[name][:3])}")
+            print(f"\n{len(record[name])} tiles are {what}: {cli.one_line('; '.join(record[name][:3]))}")
     print(f"\nnext: python -m lesion label {out}\n      python train_lora.py --phase 1 --data {out}")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 import zipfile
 
 import layouts
@@ -181,12 +182,40 @@ def test_planted_copies_across_the_split_are_found(tmp_path):
     assert {(a, b) for a, b, _ in overlap["pairs"]} == {(ids[k], f"COPY_{k}") for k in range(5)}
 
 
+def test_copies_without_number_are_counted_and_twenty_are_named(monkeypatch):
+    """700 times 900 copies of one tile, of which 3 times 2 are one file, beside others: counted pair by pair, the likest
+    20 kept, the same whatever the block, and the pairs never stand in memory at once."""
+    rng, parts, prints = np.random.default_rng(0), {}, {}
+    copy = split.fingerprint(plain_noise(rng))
+    for part, count, same in (("train", 700, 3), ("val", 900, 2)):
+        for k in range(count):
+            parts[f"{part}{k:03}"] = part
+            prints[f"{part}{k:03}"] = ("one" if k < same else f"{part}{k}", copy if k % 2 else copy * np.float16(0.99))
+        parts[f"{part}x"], prints[f"{part}x"] = part, (part, split.fingerprint(plain_noise(rng)))
+    tables = []
+    for block in (2000, 128):
+        monkeypatch.setattr(split, "BLOCK", block)
+        tracemalloc.start()
+        tables.append(split.overlap(parts, {}, {}, prints)["train and val"])
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert tables[0] == tables[1]
+    assert (tables[0]["exact"], tables[0]["near"], len(tables[0]["pairs"])) == (6, 700 * 900 - 6, 20)
+    assert tables[0]["pairs"][0] == ["train001", "val001", 1.0]
+    assert peak < 20 << 20
+
+
+def plain_noise(rng):
+    """A tile without a pattern."""
+    return rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+
+
 def test_real_tiles_hold_no_copies_and_planted_ones_stand_out(shared):
     """Among 560 real tiles no two different ones reach the threshold; every one of 40 re-encoded copies does."""
     with zipfile.ZipFile(shared / "isic2024" / "ISIC_2024_Permissive_Training_Input.zip") as archive:
         images = [decode.decode(archive.read(name)) for name in archive.namelist()[::16][:560]]
     prints = np.stack([split.fingerprint(image) for image in images])
-    assert split.near_copies(prints[:280], prints[280:]) == []
+    assert list(split.near_copies(prints[:280], prints[280:])) == []
     copies = []
     for image in images[:40]:
         stream = io.BytesIO()
@@ -342,6 +371,56 @@ def test_metadata_goes_before_pixels(tmp_path):
     assert {rows[i]["attributes"].get("size") for i in layouts.IDS[::2]} != {"6 to 9 mm"}
 
 
+def test_a_link_is_followed_and_stays(tmp_path):
+    """--out is a link to a folder on another disk: the set is written there, again and again, and the link stays a link.
+    What an older version left (.out.old, a link) is in nobody's way."""
+    source, csv = layouts.official_zip(tmp_path), layouts.split_file(tmp_path)
+    (tmp_path / "big" / "set").mkdir(parents=True)
+    (tmp_path / "out").symlink_to("big/set")
+    for name in (".out.old", "big/.set.old"):
+        (tmp_path / name).symlink_to(tmp_path / "big")
+    for seed in range(3):
+        assert len(run(source, tmp_path / "out", "--split-file", csv, "--seed", seed, "--overwrite")) == len(IDS)
+        assert (tmp_path / "out").is_symlink()
+        assert [path.name for path in (tmp_path / "big").iterdir()] == ["set"]
+    with pytest.raises(ValueError, match="holds another data set"):
+        run(source, tmp_path / "out", "--split-file", csv, "--seed", 7)
+
+
+@pytest.mark.parametrize("out", [".", "..", "below/.."])
+def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch, out):
+    """--out . would take the folder away under the shell, and fail at the last step: refused before the first tile."""
+    source, csv = layouts.official_zip(tmp_path), layouts.split_file(tmp_path)
+    (tmp_path / "a" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / ("below" if out == ".." else "."))
+    (tmp_path / "a" / "below").rmdir() if out == "." else None
+    monkeypatch.setattr(prepare, "build", None)
+    with pytest.raises(ValueError, match="is the current folder or holds it|holds another data set"):
+        run(source, out, "--split-file", csv)
+    with pytest.raises(ValueError, match="is the current folder or holds it|holds what prepare did not write"):
+        run(source, out, "--split-file", csv, "--overwrite")
+
+
+def test_a_mount_is_not_replaced(tmp_path, monkeypatch):
+    """Where a file system is mounted no rename goes: refused before the first tile."""
+    source, csv = layouts.official_zip(tmp_path), layouts.split_file(tmp_path)
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "out")
+    monkeypatch.setattr(prepare, "build", None)
+    with pytest.raises(ValueError, match=r"is where a file system is mounted, .* such as --out .*out/isic2024$"):
+        run(source, tmp_path / "out", "--split-file", csv)
+
+
+@pytest.mark.parametrize("name", ["a.\x1b]0;x\x07", "a.\x9b2j"])
+def test_names_of_a_source_do_nothing_to_a_terminal(tmp_path, capsys, name):
+    """What a file's name holds is printed, escaped, on its line."""
+    folder = layouts.class_folders(tmp_path / "in")
+    (folder / name).write_text("x", encoding="utf-8")
+    run(folder, tmp_path / "out", "--split-file", layouts.split_file(tmp_path))
+    printed = capsys.readouterr().out
+    assert all(sign.isprintable() or sign == "\n" for sign in printed)
+    assert repr(name)[2:-1] in printed
+
+
 @pytest.mark.parametrize(("flags", "message"), [
     (["--color-norm", "gray"], "'gray' is unknown: allowed are none, grey-world, shades-of-gray, max-rgb, skin-locus"),
     (["--split-file", "absent.csv"], "--split-file absent.csv does not exist"),
@@ -464,7 +543,8 @@ def test_the_command_line(tmp_path, run_script):
                       "--prompts", "fixed")
     assert done.returncode == 0, done.stderr
     assert "24 tiles, CC-BY" in done.stdout
-    for flags in (["--source", source, "--benign-train", "-3"], ["--source", tmp_path / "absent"]):
+    for flags in (["--source", source, "--benign-train", "-3"], ["--source", tmp_path / "absent"],
+                  ["--source", source, "--split-file", csv, "--seed", 10 ** 310]):
         bad = run_script("-m lesion", "prepare", *flags, "--out", tmp_path / "bad")
         assert bad.returncode == 2
         assert len(bad.stderr.strip().splitlines()) == 1

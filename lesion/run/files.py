@@ -283,6 +283,10 @@ def check_row(row: dict, place: str) -> None:
         if not isinstance(row.get(name), dict | None):
             raise ValueError(f"{place}: {name} is of type {type(row[name]).__name__}, expected an object of name: "
                              f"value")
+    if not isinstance(row.get("suggested"), dict | None):
+        raise ValueError(f"{place}: suggested is of type {type(row['suggested']).__name__}, expected an object of attributes and text")
+    if row.get("suggested"):
+        check_row(row["suggested"], f"{place}: suggested")
     if row.get("metadata"):
         row["metadata"] = {name: value for name, value in row["metadata"].items() if value == value}
 

@@ -14,10 +14,13 @@ from lesion.tiles.names import arrange, is_hidden
 from lesion.tiles.source import Source, origin_of
 from lesion.tiles.tables import TABLE_BYTES, Table
 
+PACKED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED  # bzip2 and LZMA make gigabytes of a kilobyte before one can count them
 RATIO = 200  # a table packs 5 to 10 times; what unpacks to more than this times its size is made to fill a memory
 
 
 def _open_zip(path: Path) -> zipfile.ZipFile:
+    if not path.is_file():
+        raise ValueError(f"{path} is not a readable zip file: it is no file")
     try:
         return zipfile.ZipFile(path)
     except DAMAGED as error:
@@ -47,7 +50,9 @@ def zip_table(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Table:
 
 
 def check_table(member: zipfile.ZipInfo) -> None:
-    """ValueError for a table that would unpack to more than TABLE_BYTES, or RATIO times its packed size."""
+    """ValueError for a table that would unpack to more than TABLE_BYTES, or RATIO times its packed size, or is packed in
+    another way than PACKED."""
+    _check_packing(member)
     if member.file_size > TABLE_BYTES or member.file_size > max(1 << 24, RATIO * member.compress_size):
         raise ValueError(f"{member.filename} would unpack from {member.compress_size:,} to {member.file_size:,} bytes: "
                          f"that is no "
@@ -55,10 +60,16 @@ def check_table(member: zipfile.ZipInfo) -> None:
 
 
 def check_tile(member: zipfile.ZipInfo) -> None:
-    """ValueError for a tile that would unpack to more than TILE_BYTES."""
-    if member.file_size > TILE_BYTES:
-        raise ValueError(f"{member.filename} would unpack to {member.file_size:,} bytes: a tile has at most "
-                         f"{TILE_BYTES >> 20} MiB")
+    """ValueError for a tile that would unpack to more than TILE_BYTES, or comes from more, or is packed in another way
+    than PACKED."""
+    _check_packing(member)
+    if (size := max(member.file_size, member.compress_size)) > TILE_BYTES:
+        raise ValueError(f"{member.filename} would unpack to {size:,} bytes: a tile has at most {TILE_BYTES >> 20} MiB")
+
+
+def _check_packing(member: zipfile.ZipInfo) -> None:
+    if member.compress_type not in PACKED:
+        raise ValueError(f"{member.filename}: compression {member.compress_type} is not read: only stored and deflated members are")
 
 
 def tables_in(members: dict[str, zipfile.ZipInfo]) -> list[str]:
@@ -79,7 +90,8 @@ def zips(paths: list[Path], label_map: dict[str, str] | None = None) -> Source:
     def unpack(name):
         check_tile(members[name])
         try:
-            return archives[number_of[name]].read(members[name])
+            with archives[number_of[name]].open(members[name]) as file:
+                return file.read(members[name].file_size + 1)  # read() would unpack all there is before it is cut
         except DAMAGED as error:
             raise ValueError(f"{paths[number_of[name]].name}: {error or type(error).__name__}") from None
 

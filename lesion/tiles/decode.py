@@ -10,6 +10,7 @@ Pillow does not forgive truncated files here: such a tile is named as unreadable
 """
 import io
 import os
+import stat
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ DARK = 20  # a border pixel's brightest channel is at most this (JPEG noise arou
 TILE_BYTES = 64 << 20  # encoded; the largest of ISIC's own challenges have under 20 MB
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # no other decoder is opened for a tile
 PIXELS = 50_000_000  # ISIC's largest have 24 million
+LARGE, FEW = 4_000_000, 2  # pixels; the threads that decode what has more: one takes, and keeps, up to a gigabyte
 SCANS = 100  # of a JPEG; a progressive one has ten, and every one takes the time of all pixels
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -174,7 +176,9 @@ def tile(data: bytes, resolution: int, color_norm: str = "none", reference: dict
 
 
 def read_tile(path: Path) -> bytes:
-    """A tile's bytes; ValueError where they are more than TILE_BYTES."""
+    """A tile's bytes; ValueError where they are more than TILE_BYTES, or no file's (reading a pipe would wait for ever)."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("not a regular file: no tile")
     with open(path, "rb") as file:
         data = file.read(TILE_BYTES + 1)
     if len(data) > TILE_BYTES:
@@ -199,9 +203,10 @@ def load_tiles(folder: Path, rows: list[dict], resolution: int, progress: Callab
     """The tiles of `rows` (some of `folder`'s manifest) at resolution^2, under the set's recorded colour normalisation.
 
     Cached in `folder`/.cache under the SHA-256 of what decides the pixels: file names and their bytes' SHA-256,
-    resolution, colour normalisation, this module's VERSION; a cache whose own SHA-256 is not the recorded one is
-    decoded again. One that cannot be written (read-only folder) is done without. `progress` wraps the iterator of
-    tiles, as `cli.progress` does. ValueError if `rows` is empty or none is readable.
+    resolution, colour normalisation, this module's VERSION; a cache whose own SHA-256, over pixels and the list of
+    unreadable tiles, is not the recorded one is decoded again. One that cannot be written (read-only folder) is done
+    without. `progress` wraps the iterator of tiles, as `cli.progress` does. ValueError if `rows` is empty or none is
+    readable.
     """
     folder = Path(folder)
     if not rows:
@@ -210,7 +215,7 @@ def load_tiles(folder: Path, rows: list[dict], resolution: int, progress: Callab
     names = [row["file_name"] for row in rows]
     key = files.sha256_json([names, [_digest(folder / name) for name in names], resolution, norm, VERSION])[:16]
     cached, listing = folder / ".cache" / f"tiles-{key}.npy", folder / ".cache" / f"tiles-{key}.json"
-    if (kept := _cached(cached, listing)) is not None:
+    if (kept := _cached(cached, listing, (len(rows), resolution))) is not None:
         return _tiles(kept[0], rows, kept[1])
     images, problems = _decode_all(folder, names, resolution, norm, progress)
     if len(problems) == len(rows):
@@ -220,26 +225,38 @@ def load_tiles(folder: Path, rows: list[dict], resolution: int, progress: Callab
             left.unlink(missing_ok=True)
         with files.atomic_path(cached) as temporary, open(temporary, "wb") as file:
             np.save(file, images)
-        files.write_json(listing, {"sha256": files.sha256_file(cached), "unreadable": problems})
+        files.write_json(listing, {"sha256": _seal(cached, problems), "unreadable": problems})
     except OSError:
         return _tiles(images, rows, problems)
     return _tiles(np.load(cached, mmap_mode="r"), rows, problems)
 
 
-def _cached(cached: Path, listing: Path) -> tuple[np.ndarray, list] | None:
-    """(images, unreadable) of a cache that is whole: its bytes have the recorded SHA-256."""
+def _cached(cached: Path, listing: Path, wanted: tuple[int, int]) -> tuple[np.ndarray, list] | None:
+    """(images, unreadable) of a cache that is whole: its bytes and its list have the recorded SHA-256, and together they
+    account for the (tiles, resolution) `wanted`."""
     try:
         record = files.read_json(listing)
-        if record["sha256"] != files.sha256_file(cached):
+        problems = record["unreadable"]
+        if record["sha256"] != _seal(cached, problems):
             return None
-        return np.load(cached, mmap_mode="r"), record["unreadable"]
-    except (OSError, ValueError, KeyError):
+        images = np.load(cached, mmap_mode="r")
+        bad = [number for number, reason in problems]
+    except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None
+    count, side = wanted
+    listed = all(type(number) is int and 0 <= number < count for number in bad) and len(set(bad)) == len(bad)
+    shape = count - len(bad), side, side, 3
+    whole = listed and (getattr(images, "shape", None), getattr(images, "dtype", None)) == (shape, np.uint8)
+    return (images, problems) if whole else None
+
+
+def _seal(cached: Path, problems: list) -> str:
+    return files.sha256_json([files.sha256_file(cached), problems])
 
 
 def _digest(path: Path) -> str | None:
     try:
-        return files.sha256_file(path)
+        return files.sha256_file(path) if path.is_file() else None
     except OSError:
         return None
 
@@ -251,17 +268,20 @@ def _tiles(images: np.ndarray, rows: list[dict], problems: list) -> Tiles:
 
 
 def _decode_all(folder, names, resolution, norm, progress):
-    """Readable tiles [M,R,R,3], and [row number, reason] of the others. Pillow releases the GIL: threads do."""
+    """Readable tiles [M,R,R,3], and [row number, reason] of the others. Pillow releases the GIL: threads do; FEW of them
+    for large pictures, so that memory does not grow with cores."""
     images, problems = np.empty((len(names), resolution, resolution, 3), np.uint8), []
 
     def one(number):
         try:
-            images[number] = tile(read_tile(folder / names[number]), resolution, *norm)
+            data = read_tile(folder / names[number])
+            made = few.submit(tile, data, resolution, *norm).result() if _is_large(data) else tile(data, resolution, *norm)
+            images[number] = made
         except (OSError, ValueError) as error:
             return number, getattr(error, "strerror", None) or str(error)
         return number, None
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(FEW) as few, ThreadPoolExecutor(os.cpu_count()) as pool:
         done = pool.map(one, range(len(names)))
         for number, reason in progress(done, total=len(names), desc="tiles", unit="tile") if progress else done:
             if reason:
@@ -269,3 +289,11 @@ def _decode_all(folder, names, resolution, norm, progress):
     if problems:
         images = np.delete(images, [number for number, _ in problems], axis=0)
     return images, problems
+
+
+def _is_large(data: bytes) -> bool:
+    try:
+        width, height = size_of(io.BytesIO(data))
+    except ValueError:
+        return False  # `decode` says why
+    return width * height > LARGE

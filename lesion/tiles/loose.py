@@ -9,7 +9,7 @@ from lesion.run import files
 from lesion.tiles.decode import read_tile
 from lesion.tiles.names import Names, arrange, is_hidden
 from lesion.tiles.source import Source, origin_of, tile_id
-from lesion.tiles.tables import CAPTION_COLUMNS, LABEL_COLUMNS, SPLITS, columns, file_table, header_of, label_of, split_of
+from lesion.tiles.tables import CAPTION_COLUMNS, LABEL_COLUMNS, SPLITS, columns, file_table, header_of, split_of, take_label
 
 
 def folder(folder: Path, label_map: dict[str, str] | None = None) -> Source:
@@ -114,13 +114,10 @@ def imagefolder(folder: Path, tables: list[Path], label_map: dict[str, str] | No
             path = listing.parent / row.pop("file_name")
             listed.add(os.path.relpath(path, folder).replace(os.sep, "/"))
             isic_id = tile_id(row.pop("isic_id", None) or path.stem, place)
-            value = next((row.pop(name) for name in LABEL_COLUMNS if not files.is_missing(row.get(name))), None)
-            if value is None:
-                raise ValueError(f"{place}: no label: expected a column label, malignant or target")
+            label = take_label(row, place, label_map)
             if isic_id in where or isic_id in found.labels:
                 raise ValueError(f"{place}: {isic_id} is listed twice")
             split = row.pop("split", None) or (listing.parent.name if listing.parent != folder else None)
-            label = label_of(value, place, label_map)
             if label == "skip":
                 found.skipped["tiles whose label is mapped to skip"] += 1
                 continue

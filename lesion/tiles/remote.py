@@ -26,6 +26,7 @@ TRIES = 8          # in a row without a single byte
 TIMEOUT = 10, 30   # seconds: to connect, between bytes
 GRACE_S, SLOWEST = 300, 8192  # a range may take so many seconds, and one more for each so many bytes
 LOCAL_HEADER = 30  # bytes before a member's name (APPNOTE.TXT 4.3.7)
+LONGEST_HEADER = LOCAL_HEADER + 2 * 0xFFFF  # with its name and its extra field
 
 
 class Absent(ValueError):
@@ -168,7 +169,8 @@ def open_url(url: str, workers: int, label_map: dict[str, str] | None = None) ->
         check(member)
         if member.header_offset not in ends:
             raise ValueError(f"{name}: {member.filename} lies outside the archive")
-        return member.header_offset, ends[member.header_offset] - 1
+        most = member.header_offset + LONGEST_HEADER + member.compress_size  # a gap behind a member is not fetched
+        return member.header_offset, min(ends[member.header_offset], most) - 1
 
     def fetch(member, check=check_tile):
         return member_bytes(remote.read(*ranges(member, check)), member)

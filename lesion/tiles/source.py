@@ -4,6 +4,7 @@ it.
 Tables are read twice, for the few columns that decide the sample and then for the sampled tiles only: 400,000 rows of
 55 columns never stand in memory. Proven by tests/tiles/test_isic.py.
 """
+import contextlib
 import re
 import shlex
 import unicodedata
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from lesion.run import files
-from lesion.tiles.tables import CAPTION_COLUMNS, DIAGNOSES, LABEL_COLUMNS, PICTURES, Table, columns, header_of, label_of, some, typed
+from lesion.tiles.tables import CAPTION_COLUMNS, DIAGNOSES, LABEL_COLUMNS, PICTURES, Table, agree, columns, header_of, label_of, some, typed
 
 SUFFIXES = {"." + ending for ending in PICTURES}
 NO_NAME = re.compile(r"^\.|[/\\:\x00-\x1f\x7f]")
@@ -65,7 +66,8 @@ def tile_id(value: object, place: str) -> str:
 
 
 def read_labels(table: Table, source: Source, label_map: dict[str, str] | None = None) -> None:
-    """Put the labels of a table into `source`: from a column of LABEL_COLUMNS, or one column a diagnosis (ISIC 2019).
+    """Put the labels of a table into `source`: from the first of LABEL_COLUMNS, which others that say a label may not
+    contradict, or one column a diagnosis (ISIC 2019).
 
     `label_map`: word -> benign, malignant or skip. ValueError names the line of a label that is missing, wrong or
     twice.
@@ -84,7 +86,7 @@ def read_labels(table: Table, source: Source, label_map: dict[str, str] | None =
         said = "; ".join(f"{label} are {group}" for label, group in groups.items() if group)
         source.notes.append(f"{table.name}: {said} (--label-map NAME=LABEL changes it)")
     seen = {}
-    for line, (isic_id, *values) in columns(table, ["isic_id", *wanted], required="isic_id"):
+    for line, (isic_id, *values) in columns(table, ["isic_id", *wanted, *present[1:]], required="isic_id"):
         place = f"{table.name}, line {line}"
         if isic_id is None:
             raise ValueError(f"{place}: no isic_id")
@@ -99,7 +101,11 @@ def read_labels(table: Table, source: Source, label_map: dict[str, str] | None =
         elif values[0] is None and wanted[0] not in ("malignant", "target", "label"):
             label = "skip"  # isic-cli leaves the column empty for pictures without a diagnosis
         else:
-            label = label_of(values[0], f"{place}, {isic_id}", rule)
+            said = {wanted[0]: label_of(values[0], f"{place}, {isic_id}", rule)}
+            for name, value in zip(present[1:], values[1:]):
+                with contextlib.suppress(ValueError):  # none, or a diagnosis
+                    said[name] = label_of(value, place, label_map)
+            label = agree(said, f"{place}, {isic_id}")
         if seen.setdefault(isic_id, label) != label:
             raise ValueError(f"{place}: {isic_id} is listed twice, as {seen[isic_id]} and as {label}")
         if label == "skip":

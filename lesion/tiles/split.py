@@ -4,6 +4,8 @@ The protocol is the study's 80/20 with a validation part for thresholds, grouped
 (scikit-learn's StratifiedGroupKFold). `by_image` reproduces the study's tile-level split, which leaks patients.
 Everything is a function of sorted ids and a seed. Proven by tests/test_prepare.py.
 """
+from collections.abc import Iterator
+
 import numpy as np
 from PIL import Image
 
@@ -15,6 +17,8 @@ PARTS = ("train", "val", "test")
 FOLDS = {"test": 5, "val": 10}  # a fifth of all is test, a tenth of the rest val
 NEAR = 0.91  # between the likest two real train and val tiles (0.87) and the least like of 300 re-encoded ones (0.94)
 NEAR_PAIRS = 200_000_000
+BLOCK = 2000
+SHOWN = 20  # pairs of copies that are named
 
 
 def by_file(table: Table) -> tuple[dict[str, str], dict[str, str]]:
@@ -108,18 +112,24 @@ def fingerprint(image: np.ndarray) -> np.ndarray:
     return (detail / max(np.linalg.norm(detail), 1e-6)).ravel().astype(np.float16)
 
 
-def near_copies(a: np.ndarray, b: np.ndarray) -> list[tuple[int, int, float]]:
+def near_copies(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[int, int, float]]:
     """(row of a, row of b, likeness) of fingerprints at least NEAR alike in one of the 8 dihedral views, b turned."""
-    found = {}
-    square = b.reshape(-1, 32, 32)
-    for view in range(VIEWS):
-        turned = dihedral(square, view, (1, 2)).reshape(len(b), -1).astype(np.float32)
-        for start in range(0, len(a), 2000):
-            alike = a[start:start + 2000].astype(np.float32) @ turned.T
-            for i, j in np.argwhere(alike >= NEAR):
-                pair = int(i) + start, int(j)
-                found[pair] = max(found.get(pair, 0.0), float(alike[i, j]))
-    return [(i, j, round(likeness, 3)) for (i, j), likeness in sorted(found.items())]
+    for i, j, likeness in _near_blocks(a, b):
+        yield from zip(i.tolist(), j.tolist(), (round(value, 3) for value in likeness.tolist()))
+
+
+def _near_blocks(a, b):
+    """`near_copies` as arrays, those of BLOCK rows of each at once: many copies of many tiles never stand in memory."""
+    for start in range(0, len(a), BLOCK):
+        rows = a[start:start + BLOCK].astype(np.float32)
+        for first in range(0, len(b), BLOCK):
+            square = b[first:first + BLOCK].reshape(-1, 32, 32)
+            best = np.zeros((len(rows), len(square)), np.float32)
+            for view in range(VIEWS):
+                turned = dihedral(square, view, (1, 2)).reshape(len(square), -1).astype(np.float32)
+                np.maximum(best, rows @ turned.T, out=best)
+            i, j = np.nonzero(best >= NEAR)
+            yield i + start, j + first, best[i, j]
 
 
 def overlap(split: dict[str, str], patients: dict[str, str], lesions: dict[str, str],
@@ -127,7 +137,7 @@ def overlap(split: dict[str, str], patients: dict[str, str], lesions: dict[str, 
     """"train and test" -> how many patients, lesions, files ("exact") and near copies the two parts share.
 
     `prints`: isic_id -> (SHA-256, `fingerprint`). None means unknown: no ids, or more than NEAR_PAIRS pairs to compare.
-    `pairs`: the first 20 exact and near copies, [isic_id, isic_id, likeness].
+    `pairs`: the SHOWN likest exact and near copies, [isic_id, isic_id, likeness].
     """
     same = shared(split, {i: digest for i, (digest, _) in prints.items()})
     people, moles = shared(split, patients), shared(split, lesions)
@@ -136,13 +146,24 @@ def overlap(split: dict[str, str], patients: dict[str, str], lesions: dict[str, 
         left, right = (sorted(i for i, part in split.items() if part == name) for name in (a, b))
         if not left or not right:
             continue
-        near = None
+        near, exact, pairs = None, len(same[a, b]), []
         if len(left) * len(right) <= NEAR_PAIRS:
-            near = near_copies(np.stack([prints[i][1] for i in left]), np.stack([prints[i][1] for i in right]))
-        copies = [(left[i], right[j], likeness) for i, j, likeness in near or []]
-        exact = sum(prints[i][0] == prints[j][0] for i, j, _ in copies) if near is not None else len(same[a, b])
+            exact, near, pairs = _copies(left, right, prints)
         table[f"{a} and {b}"] = {"patients": len(people[a, b]) if patients else None,
-                                 "lesions": len(moles[a, b]) if lesions else None, "exact": len(same[a, b]),
-                                 "near": None if near is None else len(copies) - exact,
-                                 "pairs": [list(copy) for copy in sorted(copies, key=lambda c: -c[2])[:20]]}
+                                 "lesions": len(moles[a, b]) if lesions else None, "exact": exact,
+                                 "near": near, "pairs": pairs}
     return table
+
+
+def _copies(left, right, prints):
+    """(pairs of tiles `left` and `right` that are the same file, others that are near copies, the SHOWN likest of both)."""
+    numbers = {digest: number for number, digest in enumerate({prints[i][0] for i in (*left, *right)})}
+    mine, theirs = (np.array([numbers[prints[i][0]] for i in side]) for side in (left, right))
+    exact, near, pairs = 0, 0, []
+    for i, j, likeness in _near_blocks(*(np.stack([prints[i][1] for i in side]) for side in (left, right))):
+        same = int((mine[i] == theirs[j]).sum())
+        exact, near = exact + same, near + len(i) - same
+        some = np.argsort(-np.round(likeness, 3), kind="stable")[:SHOWN]
+        pairs += [[left[i[n]], right[j[n]], round(float(likeness[n]), 3)] for n in some]
+        pairs = sorted(pairs, key=lambda pair: (-pair[2], *pair[:2]))[:SHOWN]
+    return exact, near, pairs

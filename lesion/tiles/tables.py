@@ -37,6 +37,7 @@ PICTURES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp")
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 TABLE_BYTES = 2 << 30  # Kaggle's, the largest known, has 246 MB
 LINE = 1 << 20         # characters
+COLUMNS = 10_000       # Kaggle's has 55
 LEADS_OUT = re.compile(r"(^|[/\\])\.\.([/\\]|$)|^[/\\]|^[A-Za-z]:")
 
 
@@ -75,7 +76,8 @@ def columns(table: Table, wanted: Iterable[str], required: str | None = None,
     with _reader(table) as (reader, header, decimal_comma):
         if required and required not in header:
             raise ValueError(f"{table.name} has no column {required}: it has {some(header)}")
-        places = [(header.index(name), name.endswith("_id")) if name in header else (None, False) for name in wanted]
+        place_of = {name: place for place, name in reversed(list(enumerate(header)))}  # of one name twice the first
+        places = [(place_of.get(name), name in place_of and name.endswith("_id")) for name in wanted]
         first = places[0][0]
         for row in reader:
             if len(row) > len(header) and not any(cell.strip() for cell in row[len(header):]):
@@ -130,7 +132,10 @@ def _reader(table):
             for _ in range(before):
                 text.readline(LINE)
             reader = csv.reader(_lines(text, table.name), delimiter=delimiter)
-            yield reader, _header(next(reader, [])), delimiter == ";"
+            header = _header(next(reader, []))
+            if len(header) > COLUMNS:
+                raise ValueError(f"{table.name} has {len(header):,} columns: a table of tiles has at most {COLUMNS:,}")
+            yield reader, header, delimiter == ";"
     except READ_ERRORS as error:
         raise ValueError(f"{table.name} is not a readable csv file: {error or type(error).__name__}") from None
 
@@ -221,6 +226,37 @@ def label_of(value: object, place: str, label_map: dict[str, str] | None = None)
         hint = f", or say what it means with --label-map {shlex.quote(word + '=malignant')}" if known else ""
         raise ValueError(f"{place}: label {value!r} is not allowed: use 0 or benign, 1 or malignant{hint}")
     return LABELS[word]
+
+
+def take_label(row: dict, place: str, label_map: dict[str, str] | None = None) -> str:
+    """`label_of` what `row`'s LABEL_COLUMNS say, which leave it; "skip" if one says that. A column that says no label
+    beside one that does stays, as a diagnosis (`label` leaves: the prepared row has one of its own). ValueError, naming
+    `place`, where none says anything, or two say different things."""
+    said = {}
+    for name in LABEL_COLUMNS:
+        value = row.pop(name, None)
+        if is_missing(value):
+            continue
+        try:
+            said[name] = label_of(value, place, label_map)
+        except ValueError:
+            if not said:
+                raise
+            if name != "label":
+                row[name] = value
+    if not said:
+        raise ValueError(f"{place}: no label: expected a column label, malignant or target")
+    return agree(said, place)
+
+
+def agree(said: dict[str, str], place: str) -> str:
+    """The one label that all columns of `said` {column: label} say, "skip" if one says that. ValueError, naming `place`,
+    where they contradict each other."""
+    if "skip" in said.values():
+        return "skip"
+    if len(set(said.values())) > 1:
+        raise ValueError(f"{place}: {' but '.join(f'{name} says {label}' for name, label in said.items())}: correct one")
+    return next(iter(said.values()))
 
 
 def split_of(value: object, place: str) -> str:

@@ -77,7 +77,7 @@ def label(args: Namespace) -> None:
     label_folder.journal_path(args.data, args.annotator)  # refuses a name that cannot be a file's
     rows, notes = label_folder.select(args.data, args.label, args.split)
     for note in notes:
-        print(note)
+        print(cli.one_line(note))
     if args.primary:
         known = {*label_folder.annotators(args.data), *(args.people or [args.annotator])}
         if label_folder.check_annotator(args.primary) not in known:
@@ -145,7 +145,7 @@ def _serve(args: Namespace, rows: list[dict], listener, opened: ExitStack) -> No
         path = label_folder.journal_path(args.data, name)
         journal = opened.enter_context(Journal(path, label_folder.check_row))
         for number, reason in journal.bad:
-            print(f"{path}, line {number}: skipped, {reason}")
+            print(cli.one_line(f"{path}, line {number}: skipped, {reason}"))
         return label_desk.Desk(args.data, rows, name, journal, blind, changed)
 
     secret, links = label_folder.people(args.data, args.people or [])

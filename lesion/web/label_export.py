@@ -114,7 +114,7 @@ def _events_of(cells: dict, row: dict, tile: label_folder.Tile, where: str) -> l
 
 
 def export_captions(folder: Path, rows: list[dict], out: Path | None = None) -> int:
-    """Write each row's `text` as a kohya sidecar, NAME.txt, in `out` or beside the picture; how many there are.
+    """Write each row's `text`, on one line, as a kohya sidecar, NAME.txt, in `out` or beside the picture; how many there are.
 
     ValueError if two pictures would share a sidecar, none has a text, or a picture's folder leads out of the data set.
     """
@@ -128,7 +128,7 @@ def export_captions(folder: Path, rows: list[dict], out: Path | None = None) -> 
             if path in texts:
                 raise ValueError(f"{path} would be the caption of two pictures, {row['file_name']} and another: leave "
                                  "DIR out to write them beside the pictures")
-            texts[path] = (row["text"] + "\n").encode()
+            texts[path] = (" ".join(row["text"].split()) + "\n").encode()  # trainers read the first line
     if not texts:
         raise ValueError(f"{folder}: none of the {len(rows)} tiles has a text: label some first")
     for path, text in texts.items():

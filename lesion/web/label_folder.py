@@ -17,6 +17,7 @@ Journal rows: `event` and a random `id`, with `tile` (its file name):
 Proven by tests/web/test_label.py.
 """
 import contextlib
+import json
 import os
 import re
 import secrets
@@ -54,8 +55,8 @@ def journal_path(folder: Path, annotator: str) -> Path:
 
 
 def annotators(folder: Path) -> list[str]:
-    """Names of everyone who has said something in `folder`."""
-    return sorted(path.stem for path in (Path(folder) / "labels").glob("*.jsonl") if path.stat().st_size)
+    """Names of everyone who has said something in `folder`; the ._ twins that macOS makes are nobody."""
+    return sorted(path.stem for path in (Path(folder) / "labels").glob("[!.]*.jsonl") if path.stat().st_size)
 
 
 def select(folder: Path, label: str = "all", split: str = "all") -> tuple[list[dict], list[str]]:
@@ -74,10 +75,11 @@ def select(folder: Path, label: str = "all", split: str = "all") -> tuple[list[d
         counts = {each: sum(row["label"] == each for row in rows) for each in ("benign", "malignant")}
         raise ValueError(f"{folder} has no {what} tile to label (it has {counts['benign']} benign and "
                          f"{counts['malignant']} malignant): choose another --label or --split")
-    there = [row for row in chosen if (Path(folder) / row["file_name"]).is_file()]
-    if absent := len(chosen) - len(there):
-        first = next(row["file_name"] for row in chosen if row not in there)
-        notes.append(f"{absent} of {len(chosen)} tiles left out: no picture, the first is {first}")
+    there, absent = [], []
+    for row in chosen:
+        (there if (Path(folder) / row["file_name"]).is_file() else absent).append(row)
+    if absent:
+        notes.append(f"{len(absent)} of {len(chosen)} tiles left out: no picture, the first is {absent[0]['file_name']}")
     if not there:
         raise ValueError(f"{folder}: none of the {len(chosen)} {what} tiles has its picture, the first is "
                          f"{chosen[0]['file_name']}: prepare the set again")
@@ -251,9 +253,15 @@ def attributes_of(suggested: dict, answers: dict) -> dict:
 # ------------------------------------------------------------------------------------ the manifest
 
 def primary(folder: Path) -> str | None:
-    """Whose answers the manifest takes, once that is settled."""
+    """Whose answers the manifest takes, once that is settled; ValueError where `primary.json` does not say."""
     path = Path(folder) / "labels" / "primary.json"
-    return check_annotator(str(files.read_json(path).get("primary"))) if path.exists() else None
+    if not path.exists():
+        return None
+    name = files.read_json(path).get("primary")
+    if not isinstance(name, str):
+        raise ValueError(f"{path} is damaged: it does not say whose answers {files.MANIFEST} takes: say it with --primary NAME "
+                         f"(there are {', '.join(annotators(folder)) or 'none'})")
+    return check_annotator(name)
 
 
 def set_primary(folder: Path, annotator: str) -> None:
@@ -276,6 +284,11 @@ def people(folder: Path, names: list[str]) -> tuple[str, dict[str, str]]:
 
     The secret opens the page of progress where no token is given, and makes cookies. ValueError for a name twice.
     """
+    with _locked(folder):
+        return _people(folder, names)
+
+
+def _people(folder, names):
     path = Path(folder) / "labels" / "links.json"
     known = files.read_json(path) if path.exists() else {"secret": secrets.token_urlsafe(24), "links": {}}
     there = known.get("links")
@@ -296,29 +309,52 @@ def sync(folder: Path) -> bool:
     """Bring `metadata.jsonl` up to date with the primary annotator's journal; whether it had to be rewritten.
 
     Where nobody is primary yet, whoever said something first is from now on. One process at a time; all that others
-    have written into the manifest meanwhile is kept.
+    have written into the manifest meanwhile is kept. ValueError where the primary annotator's journal is lost.
     """
-    name = primary(folder)
-    if name is None:
-        name = first_annotator(folder)
+    if primary(folder) is None and not annotators(folder):
+        return False  # and nothing is made
+    with _locked(folder):
+        name = primary(folder)
         if name is None:
-            return False
-        set_primary(folder, name)
-    with _locked(Path(folder) / "labels" / "manifest.lock"):
+            name = first_annotator(folder)
+            if name is None:
+                return False
+            set_primary(folder, name)
         labels = read_labels(folder, name)
         before = files.read_manifest(folder)
+        _check_journal(folder, name, labels, before)
         after = [labelled(row, labels.tiles.get(row["file_name"]), name) for row in before]
         if after == before:
             return False
-        files.write_manifest(folder, after)
-        sums.update(folder, files.MANIFEST)
+        _write_manifest(folder, after)
         return True
+
+
+def _check_journal(folder, name, labels, rows):
+    """ValueError where `name` has said nothing, but has no journal while others have, or stands in the manifest: their
+    answers would be taken out of it for a flipped bit or a lost file."""
+    if labels.ids:
+        return
+    path, others = journal_path(folder, name), annotators(folder)
+    if (others and not path.exists()) or any(row.get("annotator") == name for row in rows):
+        raise ValueError(f"{files.MANIFEST} takes the answers of {name}, but {path} has none: restore that file, or say whose "
+                         f"answers it takes with --primary NAME (there are {', '.join(others) or 'none'})")
+
+
+def _write_manifest(folder, rows):
+    """SHA256SUMS goes before the manifest: a kill between the two leaves a manifest that the next `sync` writes again."""
+    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    with files.atomic_path(Path(folder) / files.MANIFEST) as temporary:
+        temporary.write_bytes(data)
+        if (Path(folder) / sums.NAME).is_file():
+            sums._write(folder, sums.read(folder) | {files.MANIFEST: files.sha256_bytes(data)})
 
 
 def labelled(row: dict, tile: Tile | None, annotator: str) -> dict:
     """A manifest row with what `annotator` said of it; the row of before where nothing is said (any more)."""
     out = {key: value for key, value in row.items() if key not in ("suggested", "annotator", "flagged", "comment")}
-    original = row.get("suggested") or {key: row[key] for key in ("attributes", "text") if key in row}
+    known = row.get("suggested") or row
+    original = {key: known[key] for key in ("attributes", "text") if key in known}
     if "suggested" in row:
         out = {key: value for key, value in out.items() if key not in ("attributes", "text")} | original
     elif tile is None:
@@ -335,7 +371,9 @@ def labelled(row: dict, tile: Tile | None, annotator: str) -> dict:
 
 
 @contextlib.contextmanager
-def _locked(path: Path):
+def _locked(folder: Path):
+    """One process at a time changes the manifest, or who labels it."""
+    path = Path(folder) / "labels" / "manifest.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:

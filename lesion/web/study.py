@@ -36,7 +36,7 @@ def parse(argv: list[str]) -> Namespace:
                       help="where real tiles come from; held-out is test and val [held-out]")
     made.add_argument("--resolution", type=cli.number(int, 16, 2048), help="side in pixels [the synthetic tiles' own]")
     made.add_argument("--readers", type=cli.number(int, 1, 500), help="readers; may be raised later [5]")
-    made.add_argument("--seed", type=cli.number(int, 0), help="decides tiles and orders; keep it from readers [drawn]")
+    made.add_argument("--seed", type=cli.number(int, 0, 2 ** 64 - 1), help="decides tiles and orders; keep it from readers [drawn]")
     made.add_argument("--allow-back", action=BooleanOptionalAction, help="readers may go back and change answers [no]")
     made.add_argument("--question-malignancy", action=BooleanOptionalAction, help="also ask benign or malignant [no]")
     served = parser.add_argument_group("server")
@@ -96,11 +96,11 @@ def _prepare(args: Namespace) -> tuple:
     if smaller := sum(tile["source_side"] < settings["resolution"] for tile in real):
         print(f"{smaller} of the real tiles are smaller than that and were enlarged, which readers may notice")
     for line in study.get("skipped", []):
-        print(f"unreadable, another tile was taken: {line}")
+        print(cli.one_line(f"unreadable, another tile was taken: {line}"))
     readers = [_open_reader(args.folder, study, number) for number in range(len(study["readers"]))]
     for reader in readers:
         for number, reason in reader.journal.bad:
-            print(f"{reader.journal.path}, line {number}: skipped, {reason}")
+            print(cli.one_line(f"{reader.journal.path}, line {number}: skipped, {reason}"))
     study_folder.export(args.folder)
     print(f"{args.folder / 'answers.csv'}: {sum(len(reader.answers) for reader in readers)} answers")
     return study, readers

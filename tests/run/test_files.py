@@ -187,6 +187,9 @@ def test_manifest_round_trip(tmp_path):
         ([{"file_name": "b/../../a.png"}], "leads out"),
         ([{"file_name": "/etc/passwd"}], "leads out"),
         ([{"file_name": "\\server\\a.png"}], "leads out"),
+        ([{"file_name": "a", "suggested": "x"}], "row 1, a: suggested is of type str, expected an object"),
+        ([{"file_name": "a", "suggested": {"attributes": "red"}}], "suggested: attributes is of type str"),
+        ([{"file_name": "a", "suggested": {"text": 3}}], "suggested: text is of type int"),
     ],
 )
 def test_manifest_rules(tmp_path, rows, problem):

@@ -4,6 +4,7 @@ import json
 import os
 import stat
 import struct
+import threading
 import time
 import zipfile
 import zlib
@@ -369,6 +370,64 @@ def test_a_damaged_cache_heals(folder, kind):
         assert (found.images_u8 == first).all()
         assert found.rows == rows
         assert cache.read_bytes() == whole
+
+
+@pytest.mark.parametrize(("numbers", "sealed"), [
+    ([2], False), ([9], False), ([], True), ([3, 4], True), ([9], True), ([-1], True), ([True], True), ([3, 3], True),
+    (["3"], True), (None, True)])
+def test_the_list_of_unreadable_tiles_is_checked(folder, numbers, sealed):
+    """Another list beside the same pixels (one bit makes 2 of 3), or one under its right hash that does not account for
+    every tile: decoded again, and no row meets another's image."""
+    path, rows = folder
+    (path / rows[3]["file_name"]).write_bytes(b"torn")
+    first = decode.load_tiles(path, rows, 64)
+    assert first.rows == [*rows[:3], rows[4]]
+    pixels, listing = (next((path / ".cache").glob(f"*.{kind}")) for kind in ("npy", "json"))
+    whole = listing.read_bytes()
+    record = json.loads(whole)
+    record["unreadable"] = numbers and [[number, "why"] for number in numbers]
+    if sealed:
+        record["sha256"] = decode._seal(pixels, record["unreadable"])
+    listing.write_text(json.dumps(record), encoding="utf-8")
+    found = decode.load_tiles(path, rows, 64)
+    assert found.rows == first.rows
+    assert (found.images_u8 == first.images_u8).all()
+    assert listing.read_bytes() == whole
+
+
+def test_many_cores_decode_few_large_pictures_at_once(folder, monkeypatch):
+    """With 16 threads large pictures are decoded by two, as each thread keeps their memory, and the others by more;
+    images and reasons are in their rows' order."""
+    path, _ = folder
+    rows = [{"file_name": f"images/{k}.png"} for k in range(24)]
+    for k, row in enumerate(rows):
+        (path / row["file_name"]).write_bytes(encoded(noise(90 if k % 2 else 40, k))[:-40 if k in (4, 5) else None])
+    large, small, real = set(), set(), decode.decode
+
+    def watched(data):
+        image = real(data)
+        (large if image.shape[0] == 90 else small).add(threading.get_ident())
+        time.sleep(0.02)
+        return image
+
+    monkeypatch.setattr(decode, "decode", watched)
+    monkeypatch.setattr(decode, "LARGE", 50 ** 2)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    found = decode.load_tiles(path, rows, 16)
+    assert found.rows == rows[:4] + rows[6:]
+    assert [line.split(":")[0] for line in found.unreadable] == ["images/4.png", "images/5.png"]
+    for image, row in zip(found.images_u8, found.rows):
+        assert (image == decode.tile((path / row["file_name"]).read_bytes(), 16)).all()
+    assert len(large - {threading.get_ident()}) <= 2 < len(small)
+
+
+def test_a_pipe_is_no_tile(folder):
+    """A named pipe among the tiles, which nobody writes to: named as unreadable, not waited for."""
+    path, rows = folder
+    (path / rows[1]["file_name"]).unlink()
+    os.mkfifo(path / rows[1]["file_name"])
+    found = decode.load_tiles(path, rows, 64)
+    assert found.unreadable == ["images/1.jpg: not a regular file: no tile"]
 
 
 def test_what_a_killed_run_left_in_the_cache_is_swept(folder):

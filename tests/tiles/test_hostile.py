@@ -7,6 +7,8 @@ import resource
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -206,6 +208,54 @@ def test_a_compression_that_is_not_known_is_named(tmp_path, method):
         data[entry + place:entry + place + 2] = struct.pack("<H", method)
     path.write_bytes(data)
     assert isinstance(dict(isic.open_source(path).read([layouts.IDS[0]]))[layouts.IDS[0]], ValueError)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, zipfile.ZIP_DEFLATED])
+def test_a_bomb_that_lies_about_its_size_is_not_unpacked(tmp_path, method):
+    """128 MiB packed into a few kilobytes or less, said to be 1,000 bytes: an error at once, and nothing near 128 MiB."""
+    path = tmp_path / "t.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("benign/x.jpg", bytes(128 << 20))
+        archive.writestr("malignant/y.jpg", b"y")
+    data = bytearray(path.read_bytes())
+    for mark, place in ((b"PK\1\2", 24), (b"PK\3\4", 22)):
+        entry = data.index(mark)
+        data[entry + place:entry + place + 4] = struct.pack("<I", 1000)
+    path.write_bytes(data)
+    script = ("import resource, sys; from lesion.tiles import isic; source = isic.open_source(sys.argv[1]);"
+              "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; (_, error), = source.read(['x']);"
+              "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, type(error).__name__)")
+    grown, kind = subprocess.run([sys.executable, "-c", script, path], check=True, capture_output=True).stdout.split()
+    assert kind == b"ValueError"
+    assert int(grown) < 30_000  # KiB
+
+
+def test_a_gap_behind_a_member_is_not_fetched(tmp_path, monkeypatch):
+    """2 MiB of nothing behind a tile of 3 bytes, as a hostile directory may have: less than 150 kB are asked for."""
+    path = tmp_path / "x_Training_Input.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("benign/a.jpg", b"abc")
+        archive.fp.write(bytes(2 << 20))
+        archive.start_dir = archive.fp.tell()
+        archive.writestr("malignant/b.jpg", b"x")
+    asked, real = [], remote.Remote.read
+    monkeypatch.setattr(remote.Remote, "read", lambda self, start, end: asked.append(end - start + 1) or real(self, start, end))
+    with layouts.serve(tmp_path) as server:
+        source = remote.open_url(f"{server.url}/{path.name}", 1)
+        asked.clear()
+        assert dict(source.read(["a", "b"])) == {"a": b"abc", "b": b"x"}
+    assert max(asked) < 150_000
+
+
+def test_a_pipe_in_a_folder_is_not_waited_for(tmp_path):
+    """A named pipe called like a tile is unreadable; one called like a zip ends in one line."""
+    folder = layouts.class_folders(tmp_path / "in")
+    os.mkfifo(folder / "benign" / "a.jpg")
+    (_, error), = isic.open_source(folder).read(["a"])
+    assert str(error) == "not a regular file: no tile"
+    os.mkfifo(folder / "a.zip")
+    with pytest.raises(ValueError, match="a.zip is not a readable zip file: it is no file"):
+        isic.open_source(folder)
 
 
 def test_a_picture_of_too_many_pixels_is_not_decoded():

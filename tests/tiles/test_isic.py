@@ -309,6 +309,32 @@ def test_member_bytes_checks_what_it_got(tmp_path):
             remote.member_bytes(raw[1:], member)
 
 
+@pytest.mark.parametrize(("columns", "found"), [
+    ({"malignant": [0, 1], "label": ["malignant", "benign"]}, "row 1: malignant says benign but label says malignant: correct one"),
+    ({"target": [0, 1], "benign_malignant": ["benign", "benign"]}, "row 2: target says malignant but benign_malignant says benign"),
+    ({"malignant": [0, 1], "label": ["benign", "malignant"], "target": [0.0, None]}, ["benign", "malignant"]),
+    ({"malignant": [0, 1], "label": [7, "nv"], "dx": ["nv", "bcc"]}, ["benign", "malignant"]),
+    ({"label": ["rare", "1"]}, "row 1: label 'rare' is not allowed")])
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_two_columns_of_labels_agree_or_are_refused(tmp_path, columns, found, kind):
+    """What is prepared is the label that every column says; a diagnosis beside it is kept; a contradiction is one line."""
+    rows = [{"file_name": f"{k}.jpg", "split": "train", **{name: values[k] for name, values in columns.items()}} for k in range(2)]
+    for row in rows:
+        (tmp_path / row["file_name"]).write_bytes(layouts.jpeg(1, 20))
+    if kind == "jsonl":
+        files.write_manifest(tmp_path, rows)
+    else:
+        layouts.write_csv(tmp_path / "metadata.csv", list(rows[0]), [list(row.values()) for row in rows])
+    if isinstance(found, str):
+        with pytest.raises(ValueError, match=found):
+            isic.open_source(tmp_path)
+        return
+    made = list(prepared(tmp_path, tmp_path / "out").values())
+    assert [row["label"] for row in made] == found
+    assert all(row.get("dx") == columns.get("dx", [None] * 2)[k] for k, row in enumerate(made))
+    assert not {"malignant", "target"} & made[0].keys()
+
+
 def test_prepared_rows_keep_what_they_had(tmp_path):
     """Preparing a prepared set again keeps text, attributes and extra keys of its rows."""
     source, split = layouts.imagefolder(tmp_path / "in"), layouts.split_file(tmp_path)

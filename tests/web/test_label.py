@@ -16,7 +16,7 @@ from PIL import Image
 from lesion.describe.attributes import ITA_EDGES, color_names, ita_degrees, measure, to_attributes
 from lesion.describe.prompts import NAMES, VOCABULARY, from_sentence, to_sentence
 from lesion.mini.phantoms import write_demo
-from lesion.run import files
+from lesion.run import files, sums
 from lesion.stats.readers import cohen_kappa
 from lesion.tiles.srgb import to_lab
 from lesion.web import label, label_compare, label_desk, label_export, label_folder, label_pages
@@ -388,6 +388,124 @@ def test_annotators_are_independent_and_the_primary_decides(data):
     ben.close()
 
 
+def said(folder, name, *answers):
+    """`name`'s journal with these answers about the first malignant tile."""
+    tile = label_folder.select(folder, "malignant")[0][0]["file_name"]
+    with Journal(label_folder.journal_path(folder, name)) as journal:
+        for number, answer in enumerate(answers):
+            journal.append({"event": "answer", "id": f"{name}-{number:08}", "tile": tile, "answers": answer,
+                            "time": label_folder.now()})
+
+
+@pytest.mark.parametrize(("damage", "words"), [
+    (lambda labels: (labels / "primary.json").write_bytes(b'{"primarx": "anna"}'), "it does not say whose answers .*there are anna, ben"),
+    (lambda labels: (labels / "primary.json").write_bytes(b'{"primary": null}'), "it does not say whose answers"),
+    (lambda labels: (labels / "primary.json").write_bytes(b'{"primary": "anne"}'), "takes the answers of anne, but .*anne.jsonl has none"),
+    (lambda labels: (labels / "anna.jsonl").unlink(), "takes the answers of anna, but .*anna.jsonl has none"),
+    (lambda labels: (labels / "anna.jsonl").write_bytes(b""), "has none: restore that file, or say .* --primary NAME")])
+def test_a_lost_journal_takes_no_answers_out_of_the_manifest(data, damage, words):
+    """primary.json with a bit flipped, or the primary annotator's journal gone or empty: one line that names the file, and
+    not a byte of the manifest changes. --primary says it anew."""
+    said(data, "anna", {"skin_tone": "dark"})
+    said(data, "ben", {"skin_tone": "tan"})
+    label_folder.set_primary(data, "anna")
+    assert label_folder.sync(data)
+    before = (data / "metadata.jsonl").read_bytes()
+    damage(data / "labels")
+    with pytest.raises(ValueError, match=words):
+        label.main([str(data), "--no-serve"])
+    assert (data / "metadata.jsonl").read_bytes() == before
+    label.main([str(data), "--no-serve", "--primary", "ben"])
+    assert {row.get("annotator") for row in files.read_manifest(data)} == {None, "ben"}
+
+
+def test_a_new_primary_may_have_said_nothing_yet(data):
+    """Who opened a journal may be primary before their first answer, beside others and in a fresh set, which stays as it is."""
+    before = (data / "metadata.jsonl").read_bytes()
+    assert not label_folder.sync(data)
+    assert not (data / "labels").exists()
+    label_folder.set_primary(data, "anna")
+    assert not label_folder.sync(data)
+    said(data, "ben", {"skin_tone": "tan"})
+    said(data, "anna")
+    assert not label_folder.sync(data)
+    assert (data / "metadata.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("last", ["sums", "manifest"])
+def test_a_kill_between_manifest_and_sums_heals(data, monkeypatch, last):
+    """Killed before SHA256SUMS or after it, before the manifest: the next start leaves both right."""
+    sums.write(data)
+    said(data, "anna", {"skin_tone": "dark"})
+
+    def dying(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if last == "sums":
+            patch.setattr(sums, "_write", dying)
+        else:
+            patch.setattr(os, "replace", lambda a, b, real=os.replace: dying() if b.name == files.MANIFEST else real(a, b))
+        with pytest.raises(KeyboardInterrupt):
+            label_folder.sync(data)
+    assert label_folder.sync(data)
+    assert sums.problems(data) == []
+    assert not label_folder.sync(data)
+
+
+def test_a_damaged_manifest_is_not_signed(data):
+    """Starting the labelling app does not put the hash of a manifest that someone changed into SHA256SUMS."""
+    sums.write(data)
+    said(data, "anna", {"skin_tone": "dark"})
+    label_folder.sync(data)
+    path = data / "metadata.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"label": "benign"', b'"label": "malignant"', 1))
+    label.main([str(data), "--no-serve"])
+    assert len(sums.problems(data)) == 1
+
+
+@pytest.mark.parametrize("suggested", [5, "x", [1], {"attributes": "red", "text": "x"}, {"attributes": {}, "text": 3},
+                                       {"attributes": {}, "suggested": 3}])
+def test_suggestions_of_a_wrong_type_are_one_line(data, suggested):
+    """`suggested` is an object of attributes and text, or the manifest is refused by its row, and stays as it was."""
+    rows = files.read_manifest(data)
+    rows[0]["suggested"] = suggested
+    said(data, "anna", {"skin_tone": "dark"})
+    files.write_manifest(data, rows)
+    before = (data / "metadata.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="metadata.jsonl, row 1, .*suggested.* is of type"):
+        label.main([str(data), "--no-serve"])
+    assert (data / "metadata.jsonl").read_bytes() == before
+
+
+def test_suggestions_bring_nothing_but_attributes_and_text(data):
+    """A `suggested` with a file name and a label in it does not change the row's when an undo restores it."""
+    rows = files.read_manifest(data)
+    mine = rows[0]
+    mine["suggested"] = {"attributes": mine["attributes"], "text": mine["text"], "file_name": "../../x", "label": 5}
+    after = label_folder.labelled(mine, None, "anna")
+    assert (after["file_name"], after["label"]) == (rows[0]["file_name"], rows[0]["label"])
+
+
+def test_a_twin_of_macos_is_nobody(data, tmp_path):
+    """labels/._anna.jsonl beside anna.jsonl: the table is written, without it."""
+    said(data, "anna", {"skin_tone": "dark"})
+    (data / "labels" / "._anna.jsonl").write_bytes(b"\0\5\x16\7")
+    label.main([str(data), "--export-csv", str(tmp_path / "o.csv")])
+    assert label_folder.annotators(data) == ["anna"]
+
+
+def test_the_last_of_many_pictures_is_missing(data, monkeypatch):
+    """Of 8,000 tiles the last has no picture: named at once, not after 32 million comparisons."""
+    files.write_manifest(data, [{"file_name": f"images/{k}.png", "label": "benign", "text": "x"} for k in range(8000)])
+    monkeypatch.setattr(Path, "is_file", lambda self: self.name != "7999.png")
+    start = time.process_time()
+    rows, notes = label_folder.select(data)
+    assert time.process_time() - start < 1
+    assert len(rows) == 7999
+    assert "1 of 8000 tiles left out: no picture, the first is images/7999.png" in notes
+
+
 def test_agreement_is_cohens_kappa(data):
     """Known answers: kappa of an attribute with one value equals the published formula on the same codes; one with
     several values counts each word's yes and no; an undone answer does not count. What was answered beside a suggestion
@@ -559,6 +677,26 @@ def test_sidecars(data, run_script):
     assert (data / rows[0]["file_name"]).with_suffix(".txt").exists()
     with pytest.raises(ValueError, match="two pictures"):
         label_export.export_captions(data, [rows[0], rows[0] | {"file_name": "b/" + Path(rows[0]["file_name"]).name}], out)
+
+
+def test_odd_names_and_texts_stay_on_their_lines(data, tmp_path, capsys):
+    """Line separators and terminal codes in file names, several lines in a caption: a line a caption, a table row and a note."""
+    rows = files.read_manifest(data)[-2:]
+    for row, name in zip(rows, ("a\u2028b.png", "a\x9b2Jb.png")):
+        (data / row["file_name"]).rename(data / "images" / name)
+        row |= {"label": "malignant", "file_name": f"images/{name}", "text": "a mole\nwith\u2028three\x85lines"}
+    files.write_manifest(data, rows)
+    label.main([str(data), "--export-captions", str(tmp_path / "out")])
+    assert {path.read_text(encoding="utf-8") for path in (tmp_path / "out").iterdir()} == {"a mole with three lines\n"}
+    label.main([str(data), "--export-csv", str(tmp_path / "o.csv")])
+    assert (tmp_path / "o.csv").read_bytes().count(b"\n") == 3
+    (data / rows[1]["file_name"]).rename(data / "images" / "stray\x9b2J\u2028.png")
+    capsys.readouterr()
+    label.main([str(data), "--no-serve"])
+    notes = capsys.readouterr().out.splitlines()
+    assert [line.partition(": ")[0] for line in notes[:2]] == ["1 of 2 tiles left out", f"{BENIGN + MALIGNANT - 1} pictures left out"]
+    assert len(notes) == 3
+    assert "".join(notes).isprintable()
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

@@ -3,8 +3,11 @@ import csv
 import io
 import json
 import os
+import secrets
 import socket
 import stat
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
@@ -269,6 +272,17 @@ def test_a_picture_folder_that_leads_out_gets_no_captions(data, tmp_path):
     with pytest.raises(ValueError, match="leads out of the data set"):
         label_export.export_captions(data, files.read_manifest(data))
     assert not list((tmp_path / "outside").glob("*.txt"))
+
+
+def test_two_starts_at_once_lose_no_link(data, monkeypatch):
+    """Two processes make links at the same moment: both links stand in the file, under one secret."""
+    real = secrets.token_urlsafe
+    monkeypatch.setattr(secrets, "token_urlsafe", lambda size: (time.sleep(0.1), real(size))[1])
+    with ThreadPoolExecutor(2) as pool:
+        made = list(pool.map(lambda name: label_folder.people(data, [name]), ("anna", "ben")))
+    kept = json.loads((data / "labels" / "links.json").read_text(encoding="utf-8"))
+    assert kept == {"secret": made[0][0], "links": made[0][1] | made[1][1]}
+    assert made[0][0] == made[1][0]
 
 
 def test_links_file_that_was_edited_is_one_line(data):

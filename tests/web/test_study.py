@@ -462,6 +462,7 @@ def test_bad_commands_end_in_one_line(run_script, site, tmp_path):
     """No sources, a folder that is not there, a study that already runs: exit code 2 and one line."""
     for flags, words in (((tmp_path / "new",), "give --real and --synthetic"),
                          ((tmp_path / "new", "--real", tmp_path / "nowhere"), "no such folder"),
+                         ((tmp_path / "new", "--seed", 10 ** 310), "out of range"),  # study.json could not be read again
                          ((site.folder, "--no-serve"), "is open in another process")):
         result = run_script("-m lesion", "study", *flags)
         assert result.returncode == 2, result.stderr
