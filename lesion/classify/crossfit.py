@@ -3,7 +3,8 @@
 For each fold and each number of real malignant training tiles: a data set (lesion/classify/folds.py), both LoRA phases on its
 training part, synthetic tiles, copies dropped, the leak check, the arms at each ratio. Then the folds' test parts together: every
 tile tested once, by a model and a generator that saw none of its unit. Each step is one of the scripts, printed as the command a
-person would type; what is done is checked by its SHA256SUMS and skipped, what was cut off goes on.
+person would type; what is done is checked by its SHA256SUMS and skipped, what was cut off goes on. When all folds are done, OUT has
+SHA256SUMS of its own.
 Proven by tests/classify/test_crossfit.py.
 """
 import math
@@ -94,21 +95,32 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     rows = files.read_manifest(args.data)
     arms.check_rows(rows)
+    sums.require(args.data, [files.MANIFEST, "dataset.json", *(row["file_name"] for row in rows)])
     for row in rows:
         row["sha256"] = row.get("sha256") or files.sha256_file(args.data / row["file_name"])
     keys = ("file_name", "label", "split", "patient_id", "sha256", "text")
     identity = files.sha256_json([[row.get(key) for key in keys] for row in rows])
-    plan = Plan(str(args.data), identity, args.base, args.folds, tuple(dict.fromkeys(args.sizes)), tuple(dict.fromkeys(args.ratios)),
+    ratios = args.ratios if set(args.experiments) - set(arms.RATIO_FREE) else args.ratios[:1]  # the others would be the same
+    plan = Plan(str(args.data), identity, args.base, args.folds, tuple(dict.fromkeys(args.sizes)), tuple(dict.fromkeys(ratios)),
                 tuple(name for name in arms.ARMS if name in args.experiments), args.seeds, args.seed, args.validation_share,
                 not args.keep_copies, args.train, args.generate, args.classify)
     chosen = range(args.folds) if args.only_fold is None else [fold for fold in args.only_fold if fold < args.folds]
     with lock.owner(args.out, shared=True):
+        sums.require(args.out, ["args.json", "folds.json"])
         folders.open_run(args.out, plan.flags(), resume=True, free=("seeds", "sizes", "ratios"))
+        sums.begin(args.out)
         places = prepare(plan, rows, args.out)
         for place in places:
             if place.fold in chosen:
                 run_place(plan, place)
-        answer(plan, places, args.out)
+        if answer(plan, places, args.out):
+            seal(args.out)
+
+
+def seal(out: Path) -> None:
+    """SHA256SUMS of all in OUT that lies in no folder with SHA256SUMS of its own."""
+    own = {path.parent for path in out.rglob(f"*/{sums.NAME}")}
+    sums.write(out, but=tuple(name for name in sums.artefacts(out) if not own.isdisjoint((out / name).parents)))
 
 
 def prepare(plan: Plan, rows: list[dict], out: Path) -> list[Place]:
@@ -116,8 +128,7 @@ def prepare(plan: Plan, rows: list[dict], out: Path) -> list[Place]:
     from lesion.classify import folds
     path = out / "folds.json"
     if path.is_file():
-        known = files.read_json(path)
-        units, parts = known["units"], known["parts"]
+        units, parts = read_folds(path, len(rows), plan.folds)
     else:
         units = folds.units_of(Path(plan.data), rows, cli.progress)
         parts = folds.split(rows, units, plan.folds, plan.validation_share, plan.seed)
@@ -126,12 +137,32 @@ def prepare(plan: Plan, rows: list[dict], out: Path) -> list[Place]:
     for fold, part in enumerate(parts):
         for size in plan.sizes:
             place = Place(fold, size, out / f"fold{fold}" / size_name(size))
-            if not (place.folder / "data" / files.MANIFEST).is_file():
+            if not is_sealed(place.folder / "data"):
                 folds.write(Path(plan.data), rows, units, folds.limit(rows, part, size, plan.seed), place.folder / "data")
                 sums.write(place.folder / "data")
+                sums.update(place.folder / "data", *(row["file_name"] for row in files.read_manifest(place.folder / "data")))
             sums.require(place.folder / "data")
             places.append(place)
     return places
+
+
+def read_folds(path: Path, tiles: int, folds: int) -> tuple[list[str], list[list[str]]]:
+    """(units, parts) of folds.json; ValueError if it does not deal so many tiles to so many folds."""
+    known = files.read_json(path)
+    units, parts = known.get("units"), known.get("parts")
+    lists = [units, *parts] if isinstance(parts, list) and len(parts) == folds else [None]
+    if not all(isinstance(one, list) and len(one) == tiles and all(isinstance(name, str) for name in one) for one in lists) or \
+            not {name for part in parts for name in part} <= {"train", "val", "test"}:
+        raise ValueError(f"{path} is damaged: it does not deal {tiles} tiles to {folds} folds; delete it, and the same deal is made anew")
+    return units, parts
+
+
+def is_sealed(data: Path) -> bool:
+    """Whether a fold's data set has all its hashes, those of the tiles that it links to among them."""
+    if not all((data / name).is_file() for name in (sums.NAME, files.MANIFEST)):
+        return False
+    listed = sums.read(data)
+    return all(row["file_name"] in listed for row in files.read_manifest(data))
 
 
 def size_name(size: int | None) -> str:
@@ -190,7 +221,7 @@ def run_step(place: Place, folder: Path, command: list[str]) -> None:
     What it took is appended to seconds.jsonl. ValueError if a file is not as it was written, or the script fails.
     """
     record, line = folder.parent / f".{folder.name}.command.json", shlex.join(["python", *command])
-    if (folder / sums.NAME).is_file() and record.is_file() and files.read_json(record)["command"] == line:
+    if (folder / sums.NAME).is_file() and record.is_file() and files.read_json(record).get("command") == line:
         sums.require(folder)
         print(f"{place.name}: {folder.name} is done", flush=True)
         return
@@ -224,16 +255,18 @@ def check_leaks(place: Place, rows: list[dict], tiles: Path) -> None:
 
 # -------------------------------------------------------------------------------------------------------------- answer
 
-def answer(plan: Plan, places: list[Place], out: Path) -> None:
-    """Join the folds of every size and ratio that all folds have done, and write OUT/curve.json and OUT/curve.png."""
+def answer(plan: Plan, places: list[Place], out: Path) -> bool:
+    """Join the folds of every size and ratio that all folds have done, and write OUT/curve.json and OUT/curve.png; whether that is
+    all of them."""
     from lesion.classify import curve
-    points = []
+    points, whole = [], True
     for size in plan.sizes:
         for ratio in plan.ratios:
             mine = [place for place in places if place.size == size]
             folder = out / "answer" / f"{size_name(size)}-{arms.ratio_name(ratio)}"
             missing = join(plan, mine, ratio, folder)
             if missing:
+                whole = False
                 print(f"{folder.name}: not all folds are done yet (first missing: {missing[0]})", flush=True)
             else:
                 counts = files.read_json(folder / "args.json")["counts"]
@@ -246,6 +279,7 @@ def answer(plan: Plan, places: list[Place], out: Path) -> None:
         print(*curve.lines(found), sep="\n")
         first = out / "answer" / f"{size_name(plan.sizes[-1])}-{arms.ratio_name(plan.ratios[0])}"
         print(f"next: {shlex.join(['python', 'evaluate.py', '--classify', str(first), '--data', plan.data])}")
+    return whole
 
 
 def runs_of(plan: Plan, place: Place, ratio: float) -> dict[str, list]:
@@ -258,7 +292,8 @@ def runs_of(plan: Plan, place: Place, ratio: float) -> dict[str, list]:
 
 def join(plan: Plan, places: list[Place], ratio: float, folder: Path) -> list[Path]:
     """Write `folder` as a run of classify.py whose test part is every tile; or give the predictions that are not there yet."""
-    missing, tables, notes, counts, checked, args = [], {}, [], [], [], {}
+    from lesion.classify import predictions
+    missing, tables, notes, counts, checked = [], {}, [], [], []
     for place in places:
         for name in plan.experiments:
             run = place.folder / arms.ratio_name(plan.ratios[0] if name in arms.RATIO_FREE else ratio)
@@ -268,15 +303,17 @@ def join(plan: Plan, places: list[Place], ratio: float, folder: Path) -> list[Pa
                     tables.setdefault(f"{name}/seed{seed}", []).append(path)
                 else:
                     missing.append(path)
-        if (place.folder / arms.ratio_name(ratio) / "args.json").is_file():
-            args = files.read_json(place.folder / arms.ratio_name(ratio) / "args.json")
-            notes, counts, checked = notes + args["notes"], counts + args["counts"], checked + (args["checked"] or [])
     if missing:
         return missing
+    for place in places:
+        path = place.folder / arms.ratio_name(ratio) / "args.json"
+        args = predictions.read_args(path.parent)
+        if not {"notes", "counts", "checked"} <= args.keys():
+            raise ValueError(f"{path} is missing or damaged: it does not say how the run was made; restore it")
+        notes, counts, checked = notes + args["notes"], counts + args["counts"], checked + (args["checked"] or [])
+    sums.begin(folder)
     for name, paths in tables.items():
-        lines = [path.read_text(encoding="utf-8").splitlines() for path in paths]
-        joined = [lines[0][0] + ",fold", *(f"{line},{fold}" for fold, part in enumerate(lines) for line in part[1:])]
-        files.write_bytes(folder / name / "predictions.csv", ("\n".join(joined) + "\n").encode())
+        predictions.join(paths, folder / name / "predictions.csv")
     unknown = [row for row in files.read_manifest(Path(plan.data)) if not row.get("patient_id")]
     if unknown:
         notes.append(f"the patients of {len(unknown)} tiles are unknown: the unit of a fold is then the tile with its near copies, and two "

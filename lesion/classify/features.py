@@ -8,7 +8,6 @@ tests/classify/test_features.py.
 """
 import contextlib
 import hashlib
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -44,14 +43,17 @@ def choose(checkpoint: Path | None = None, device: str = "cpu") -> Extractor:
 
 
 def imagenet(device: str = "cpu") -> Extractor | None:
-    """ResNet-50 trained on ImageNet, [M,2048] before its last layer, or None where torch's hub cache has no weights."""
+    """ResNet-50 trained on ImageNet, [M,2048] before its last layer, or None where torch's hub cache has no weights. ValueError
+    where it has damaged ones."""
     import torch
     from torchvision.models import resnet50
+
+    from lesion.classify import weights
     for name in IMAGENET_FILES:
         path = Path(torch.hub.get_dir()) / "checkpoints" / name
         if path.is_file():
             network = resnet50(weights=None)
-            network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            network.load_state_dict(weights.from_hub(path))
             return Extractor("imagenet", f"ImageNet ResNet-50 ({name}), the 2,048 values before its last layer",
                              files.sha256_file(path), False, partial(_penultimate, network.to(device)))
     return None
@@ -153,7 +155,7 @@ def _bank():
 # ------------------------------------------------------------------------------------------ cache
 
 def images_sha256(images_u8: np.ndarray) -> str:
-    """Hex SHA-256 of the shape and the bytes of images_u8 [M,R,R,3]."""
+    """Hex SHA-256 of the shape and the bytes of images_u8 [M,R,R,3], or of any other array."""
     digest = hashlib.sha256(str(images_u8.shape).encode())
     for start in range(0, len(images_u8), 1024):
         digest.update(np.ascontiguousarray(images_u8[start:start + 1024]))
@@ -163,29 +165,32 @@ def images_sha256(images_u8: np.ndarray) -> str:
 def cached(extractor: Extractor, images_u8: np.ndarray, folder: Path | None = None) -> np.ndarray:
     """`extractor.run(images_u8)`, float32 [M,D], kept in `folder`/features-<key>.npz (None: not kept).
 
-    The key is that of the images and the extractor, and both stand inside the file too: a file that was renamed,
-    copied or cut is refused (ValueError), and so are features that are not finite.
+    The key is that of the images and the extractor, and both stand inside the file too, with the features' own hash: a file
+    that was renamed, copied, cut or changed is made anew. ValueError for features that are not finite.
     """
     if folder is None:
         return _checked(extractor, images_u8)
     images = images_sha256(images_u8)
     path = Path(folder) / f"features-{files.sha256_json([images, extractor.sha256])[:16]}.npz"
     if path.is_file():
-        return load(path, images, extractor)
+        with contextlib.suppress(ValueError):
+            return load(path, images, extractor)
     features = _checked(extractor, images_u8)
-    with contextlib.suppress(OSError), files.atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, features=features, images=images, extractor=extractor.sha256)  # a read-only folder: not kept
+    with contextlib.suppress(OSError), files.atomic_path(path) as temporary, open(temporary, "wb") as file:  # read-only: not kept
+        np.savez(file, features=features, images=images, extractor=extractor.sha256, content=images_sha256(features))
     return features
 
 
 def load(path: Path, images: str, extractor: Extractor) -> np.ndarray:
-    """Features [M,D] in `path`, if they are those of the images with the SHA-256 `images` by `extractor`; else
+    """Features float32 [M,D] in `path`, if they are those of the images with the SHA-256 `images` by `extractor`; else
     ValueError."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            features, has_images, has_extractor = file["features"], str(file["images"]), str(file["extractor"])
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            features, content, has_images, has_extractor = file["features"], *(str(file[key]) for key in ("content", "images", "extractor"))
+    except Exception as error:  # what numpy and zipfile raise on damaged bytes has no list
         raise ValueError(f"{path} is damaged ({type(error).__name__}): delete it, and it is computed anew") from None
+    if features.dtype != np.float32 or images_sha256(features) != content:
+        raise ValueError(f"{path} is damaged (its features are not those that were written): delete it, and it is computed anew")
     if has_images != images:
         raise ValueError(f"{path} holds the features of other images ({has_images[:8]}, not {images[:8]}): delete it")
     if has_extractor != extractor.sha256:

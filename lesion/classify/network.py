@@ -51,7 +51,7 @@ def build(arch: str, weights: str, seed: int) -> nn.Module:
     """A ResNet with one output, channels-last. weights: "imagenet" (torchvision's, downloaded), "none" (He's
     initialisation by `seed`) or a path to a state dict (lesion.classify.weights; its classification head is left out).
 
-    Raises ValueError for an unknown architecture, weights that cannot be had, or a file that does not fit.
+    Raises ValueError for an unknown architecture, weights that cannot be had or are damaged, or a file that does not fit.
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"no architecture {arch!r}: allowed are {', '.join(ARCHITECTURES)}")
@@ -65,8 +65,12 @@ def build(arch: str, weights: str, seed: int) -> nn.Module:
 
 def _imagenet(arch):
     import urllib.error
+    weights = torchvision.models.get_model_weights(arch).DEFAULT
+    path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
+    if path.is_file():
+        return starting.from_hub(path)
     try:
-        return torchvision.models.get_model_weights(arch).DEFAULT.get_state_dict(progress=False)
+        return weights.get_state_dict(progress=False, check_hash=True)
     except (urllib.error.URLError, OSError, RuntimeError) as error:
         raise ValueError(f"torchvision's ImageNet weights of {arch} cannot be downloaded ({error}); train from scratch "
                          "with --weights none, or give a file with --weights PATH") from None

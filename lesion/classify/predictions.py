@@ -1,6 +1,7 @@
 """predictions.csv: the score of every validation and test tile of a run, from which every later number is recomputed.
 
-Columns id, label, score, split (val or test), patient, and under cross-fitting fold. Standard library and numpy only.
+Columns id, label, score, split (val or test), patient, and under cross-fitting fold; ids and patients as lesion.run.cells writes
+them, for spreadsheets. Standard library and numpy only.
 Proven by tests/classify/test_predictions.py.
 """
 import csv
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lesion.classify.arms import ARMS, LABELS, Parts
-from lesion.run import files
+from lesion.run import cells, files
 from lesion.stats import classification
 from lesion.tiles.seen import tile_id
 
@@ -43,7 +44,7 @@ def write(path: Path, parts: Parts, val_scores: np.ndarray, test_scores: np.ndar
     for split, rows, scores in (("val", parts.val, val_scores), ("test", parts.test, test_scores)):
         classification.check(np.array([row["label"] == "malignant" for row in rows]), scores)
         for row, score in zip(rows, scores, strict=True):
-            writer.writerow([tile_id(row), row["label"], repr(float(score)), split, row.get("patient_id") or "",
+            writer.writerow([cells.safe(tile_id(row)), row["label"], repr(float(score)), split, cells.safe(row.get("patient_id") or ""),
                              *([] if fold is None else [fold])])
     files.write_bytes(path, text.getvalue().encode())
 
@@ -52,9 +53,19 @@ def merge_folds(folder: Path, folds: int) -> None:
     """Join `folder`/fold<f>/predictions.csv into `folder`/predictions.csv, once all are there."""
     paths = [folder / f"fold{fold}" / "predictions.csv" for fold in range(folds)]
     if all(path.is_file() for path in paths):
-        lines = [path.read_text(encoding="utf8").splitlines(keepends=True) for path in paths]
-        joined = lines[0][:1] + [line for part in lines for line in part[1:]]
-        files.write_bytes(folder / "predictions.csv", "".join(joined).encode())
+        join(paths, folder / "predictions.csv")
+
+
+def join(paths: list[Path], target: Path) -> None:
+    """Write the tables of the folds, in order, as one, each line with the number of its fold. ValueError as `read`'s."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*COLUMNS, "fold"], lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    for fold, path in enumerate(paths):
+        for number, row in enumerate(_rows(path), 2):
+            _parse(row, f"{path}, line {number}")
+            writer.writerow(row | {"fold": fold})
+    files.write_bytes(target, text.getvalue().encode())
 
 
 def read(path: Path) -> Run:
@@ -112,7 +123,7 @@ def _parse(row, place):
         score = float("nan")
     if not 0 <= score <= 1:
         raise ValueError(f"{place}: score {row['score']!r} is not a probability in 0..1")
-    return row["id"], int(row["label"] == "malignant"), score, row["patient"], row.get("fold", "")
+    return cells.plain(row["id"]), int(row["label"] == "malignant"), score, cells.plain(row["patient"]), row.get("fold", "")
 
 
 def _arrays(items):
@@ -141,3 +152,34 @@ def read_runs(folder: Path) -> dict[str, dict[int, Run]]:
                                  f"{first_name}/seed{first_seed} ({len(run.ids)} and {len(first.ids)}): predictions of "
                                  "another data set, remove them")
     return runs
+
+
+def read_args(folder: Path) -> dict:
+    """args.json of a run folder of classify.py, {} where there is none. ValueError where what a later command takes from it is of
+    another type than classify.py writes."""
+    path = Path(folder) / "args.json"
+    args = files.read_json(path) if path.is_file() else {}
+    fits = {"notes": _texts, "experiments": _texts, "counts": _counts, "checked": lambda value: value is None or _objects(value),
+            "seeds": lambda value: type(value) is int and value > 0, "synthetic_sha256": lambda value: isinstance(value, str | None)}
+    for key, fit in fits.items():
+        if key in args and not fit(args[key]):
+            raise ValueError(f"{path} is damaged: {key} is {str(args[key])[:40]!r}, which classify.py does not write; restore it")
+    return args
+
+
+def _texts(value):
+    return isinstance(value, list) and all(isinstance(one, str) and one for one in value)
+
+
+def _objects(value):
+    return isinstance(value, list) and all(isinstance(one, dict) for one in value)
+
+
+def _counts(value):
+    """Tiles by part and label, and those that arms add, of each fold."""
+    try:
+        numbers = [number for one in value for number in (one["added"], *(one[part][label] for part in ("train", "val", "test")
+                                                                          for label in LABELS))]
+    except (KeyError, TypeError):
+        return False
+    return bool(numbers) and all(type(number) is int for number in numbers)

@@ -206,8 +206,7 @@ def describe(sweep: Sweep, inputs: Inputs) -> dict:
 
     ValueError if the folder holds runs with other synthetic tiles.
     """
-    path = sweep.out / "args.json"
-    old = files.read_json(path) if path.is_file() else {}
+    old = predictions.read_args(sweep.out)
     tiles = [[row["folder"] / row["file_name"] for row in chosen] for chosen in inputs.synthetic]
     sha = files.sha256_json([[files.sha256_file(tile) for tile in chosen] for chosen in tiles]) if inputs.checked else None
     known = old.get("synthetic_sha256")

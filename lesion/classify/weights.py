@@ -4,10 +4,13 @@ Read: torchvision's state dicts (old ones too, without num_batches_tracked), .sa
 state dict under one of `INSIDE`, and names behind one prefix (`module.` of DataParallel, `model.` of Lightning, `backbone.` ...).
 Proven by tests/classify/test_weights.py.
 """
+import re
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from lesion.run import files
 
 INSIDE = ("state_dict", "model", "model_state_dict", "model_state", "net", "weights")
 HEAD = "fc."                     # the classification head: another task's, left out
@@ -29,6 +32,18 @@ def read(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"--weights {path} is not a state dict of tensors ({type(error).__name__}); of a whole pickled module save "
                          "its state_dict()") from None
     return unwrapped(found, path)
+
+
+def from_hub(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file of torch's hub cache, whose name ends in the first digits of its SHA-256: torch compares them when it
+    downloads, and never again. ValueError, in one line, if the file is not what its name says."""
+    said = re.search(r"-([0-9a-f]{8,})\.", path.name)
+    if said and not files.sha256_file(path).startswith(said[1]):
+        raise ValueError(f"{path} is damaged: its SHA-256 does not begin with {said[1]}, as its name says; delete it")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # see `read`
+        raise ValueError(f"{path} is damaged: no state dict of tensors ({type(error).__name__}); delete it") from None
 
 
 def unwrapped(found: object, path: Path) -> dict[str, Tensor]:

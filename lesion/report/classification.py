@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lesion.classify import predictions
-from lesion.classify.arms import ARMS, CONTRASTS, LABELS, PRIMARY
+from lesion.classify.arms import ARMS, CONTRASTS, PRIMARY
 from lesion.report import plots
 from lesion.report.page import difference, figure, heading, interval, number, p_value, paragraph, table
 from lesion.run import files
@@ -51,19 +51,17 @@ def build(folder: Path, data: Path | None, shown: tuple[str, str] = ("W1", "S2")
 
 def read_args(folder: Path) -> dict:
     """args.json of classify.py, {} where there is none. ValueError where the report would miss something in it."""
-    path = Path(folder) / "args.json"
+    path, args = Path(folder) / "args.json", predictions.read_args(folder)
     if not path.is_file():
         return {}
-    args = files.read_json(path)
     try:
-        counts, made = args["counts"][0], args["provenance"]
-        numbers = [counts["added"], *(counts[part][label] for part in ("train", "val") for label in LABELS), args["lr"],
-                   *(args[name] for name in ("image_size", "epochs", "batch_size"))]
+        made = args["provenance"]
+        numbers = [args["lr"], *(args[name] for name in ("image_size", "epochs", "batch_size"))]
         texts = [args[name] for name in ("arch", "augmentation", "data_sha256")]
         texts += [made[name] for name in ("command", "lesion", "torch")]
         whole = all(type(one) in (int, float) for one in numbers) and all(isinstance(one, str) for one in texts) and \
-            isinstance(args["synthetic_sha256"], str | None) and "weights" in args and "git_commit" in made
-    except (KeyError, TypeError, IndexError):
+            {"counts", "synthetic_sha256", "weights"} <= args.keys() and "git_commit" in made
+    except (KeyError, TypeError):
         whole = False
     if not whole:
         raise ValueError(f"{path} is damaged: it does not say how the run was made; restore it")

@@ -7,13 +7,13 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from lesion.run import files, folders
+from lesion.run import files, folders, sums
 
 
 def drop_copies(folder: Path, names: Iterable[str], out: Path) -> int:
     """Make `out`, the synthetic folder without the tiles named (`file_name`): their rows of the manifest go and are
-    listed in `dropped.json`, the other pictures are hard-linked (copied where links are impossible). Returns how many
-    are left.
+    listed in `dropped.json`, the other pictures are hard-linked (copied where links are impossible), all hashes are in
+    SHA256SUMS. Returns how many are left.
 
     An `out` that was made from the same folder before is replaced as a whole. ValueError if `out` holds anything else, a
     name is not in the manifest, or nothing would be left.
@@ -39,6 +39,7 @@ def drop_copies(folder: Path, names: Iterable[str], out: Path) -> int:
             shutil.copyfile(folder / "provenance.json", new / "provenance.json")
         files.write_json(new / "dropped.json", {"from": str(folder), "copies": sorted(names)})
         files.write_manifest(new, kept)
+        sums.write(new)
     return len(kept)
 
 

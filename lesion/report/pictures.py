@@ -120,7 +120,7 @@ def findings(results: dict) -> list[str]:
     """The headline, one sentence a set: told from real tiles, copies; and one for the held-out tiles."""
     texts = []
     copies = {row["name"]: row for row in (results["copies"] or {}).get("sets", [])}
-    ceiling = next((row for row in results["fidelity"]["sets"] if row["name"].startswith("held-out")), None)
+    ceiling = next((row for row in results["fidelity"]["sets"] if row["ceiling"]), None)
     for row in results["fidelity"]["sets"]:
         if row is ceiling:
             continue
@@ -248,7 +248,7 @@ def _maps(material, results, progress):
 
 def _map_blocks(results, label):
     """The maps' figures, side by side where there is one set; said in words: how well the sets are told from real tiles."""
-    rows = [row for row in results["sets"] if not row["name"].startswith("held-out")]
+    rows = [row for row in results["sets"] if not row["ceiling"]]
 
     def alt(what, key):
         return f"Point clouds of {what}. " + "; ".join(f"{row['name']}: {_auc(row[key])}" for row in rows if key in row) + "."

@@ -8,6 +8,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -66,8 +67,10 @@ def gather(folders: list[Path], data: Path, classify: Path | None = None, progre
     """
     synthetic_rows = [files.read_manifest(folder) for folder in folders]
     label = _one("class", {row.get("label") for rows in synthetic_rows for row in rows}, folders)
-    side = _one("size", {row.get("resolution", 128) for rows in synthetic_rows for row in rows}, folders)
+    side = _one("size", {_side(folder, row) for folder, rows in zip(folders, synthetic_rows) for row in rows}, folders)
     rows = files.read_manifest(data)
+    if unlabelled := [row["file_name"] for row in rows if row.get("label") is None]:
+        raise ValueError(f"{data} has {len(unlabelled)} tiles without a label (first: {unlabelled[0]}): which class they are is not known")
     train = [row for row in rows if row.get("split", "train") == "train"]
     held = [row for row in rows if row.get("split") == "val"]
     notes = []
@@ -119,13 +122,25 @@ def _one(what, found, folders):
     return next(iter(found))
 
 
+def _side(folder: Path, row: dict) -> int:
+    """The side in pixels that a synthetic tile's row tells; ValueError if generate.py draws none of that size."""
+    side = 128 if row.get("resolution") is None else row["resolution"]
+    if type(side) is not int or not 64 <= side <= 2048 or side % 64:
+        raise ValueError(f"{folder}/{files.MANIFEST}, {row['file_name']}: resolution is {str(side)[:40]!r}, expected a multiple of 64 "
+                         "from 64 to 2048")
+    return side
+
+
 def names(folders: list[Path]) -> list[str]:
-    """What the sets are called: the folders' names, with their parent's where two are alike; no unprintable signs, which
-    neither a figure nor a page can hold."""
+    """What the sets are called: the folders' names, with their parent's where two are alike or one reads like a set of real
+    tiles, numbered where that is not enough; no unprintable signs, which neither a figure nor a page can hold."""
     folders = [Path(folder) for folder in folders]
-    counts = Counter(folder.name for folder in folders)
-    called = [folder.name if counts[folder.name] == 1 else f"{folder.parent.name}/{folder.name}" for folder in folders]
-    return ["".join(sign if sign.isprintable() else "?" for sign in name) for name in called]
+    counts, called = Counter(folder.name for folder in folders), []
+    for folder in folders:
+        alone = counts[folder.name] == 1 and not folder.name.startswith(("real ", "real,", "held-out "))
+        name = "".join(sign if sign.isprintable() else "?" for sign in (folder.name if alone else f"{folder.parent.name}/{folder.name}"))
+        called.append(next(one for one in chain([name], (f"{name} ({number})" for number in count(2))) if one not in called))
+    return called
 
 
 def _refuse_leaks(folder, held, notes):
@@ -163,7 +178,7 @@ def _first_of_each(images):
 # -------------------------------------------------------------------------------- fidelity
 
 def judge_fidelity(material: Material, progress: Callable | None = None) -> dict:
-    """One row a synthetic set and one for the held-out tiles, against `real`; `floor`: real tiles among themselves."""
+    """One row a synthetic set and one for the held-out tiles (`ceiling`), against `real`; `floor`: real tiles among themselves."""
     real = material.real
     n = min([len(part.rows) for part in material.synthetic] + [len(real.rows) // 2])
     if n < 10:
@@ -176,7 +191,7 @@ def judge_fidelity(material: Material, progress: Callable | None = None) -> dict
     for name, statistic in (("kid", lambda x, y: fidelity.kid(x, y)[0]), ("fid", fidelity.fid)):
         floor[name], floor[f"{name}_sd"] = fidelity.real_vs_real(statistic, real.features, n)
     parts = [*material.synthetic, *([material.held_out] if _enough(material.held_out) else [])]
-    rows = [_fidelity_row(part, real, material.other, n, varied)
+    rows = [_fidelity_row(part, real, material.other, n, varied) | {"ceiling": part is material.held_out}
             for part in (progress or silent)(parts, desc="fidelity", unit="set")]
     return {"floor": floor, "sets": rows, "real": len(real.rows)}
 
@@ -301,7 +316,7 @@ def judge_training(runs: list[Path], material: Material, copies: dict | None) ->
     """Validation loss by step of each train_lora.py run, and the copies among the tiles drawn from its checkpoints
     (found by the LoRA's SHA-256). ValueError for a folder without a validation loss."""
     curves = []
-    for run in runs:
+    for name, run in zip(names(runs), runs):
         path = Path(run) / "metrics.jsonl"
         if not path.is_file():
             raise ValueError(f"{run} is not a run folder of train_lora.py: it has no metrics.jsonl")
@@ -316,6 +331,6 @@ def judge_training(runs: list[Path], material: Material, copies: dict | None) ->
             loras = {row.get("lora_sha256") if isinstance(row.get("lora_sha256"), str) else None for row in part.rows}
             if len(loras) == 1 and (step := step_of.get(next(iter(loras)))) is not None:
                 drawn.append((step, row["mean"], row["low"], row["high"]))
-        curves.append({"name": Path(run).name, "steps": steps, "losses": losses, "best": steps[int(np.argmin(losses))],
+        curves.append({"name": name, "steps": steps, "losses": losses, "best": steps[int(np.argmin(losses))],
                        "copies": sorted(drawn)})
     return curves

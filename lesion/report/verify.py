@@ -1,9 +1,9 @@
 """`python -m lesion verify PATH...`: is everything in these folders still what the commands wrote, and does every number follow?
 
-Of each folder: the SHA-256 of every artefact that SHA256SUMS (a report: manifest.json, a study: study.json) lists; the hash that each saved
-state carries; every tile against its row in metadata.jsonl; a study's answers.csv against its journals; a report's results.json, report.md
-and report.html against a report computed anew from predictions.csv, answers and pictures. What differs is named, file by file and number by
-number; then the exit code is 1. Proven by tests/report/test_verify.py.
+Of each folder: the SHA-256 of every artefact that SHA256SUMS (a report: manifest.json, a study: study.json) lists, and that there are no
+others; the hash that each saved state carries; every tile against its row in metadata.jsonl; a study's answers.csv against its journals; a
+report's results.json, report.md and report.html against a report computed anew from predictions.csv, answers and pictures. What differs is
+named, file by file and number by number; then the exit code is 1. Proven by tests/report/test_verify.py.
 """
 import json
 import re
@@ -14,6 +14,8 @@ from pathlib import Path
 
 from lesion.run import cli, files, sums
 
+UNHASHED = re.compile(r"(.*/)?timing\.jsonl|labels/.*")  # times, which differ from run to run; answers of people, who go on
+SEALS = (sums.NAME, "manifest.json", "study.json")
 TOLERANCE = 1e-9  # relative: the last digits of a float64 mean depend on the machine's vector unit
 
 
@@ -64,8 +66,14 @@ def _hashes(place: Path) -> Iterator[tuple[str, str]]:
     except ValueError as error:
         yield str(place / sums.NAME), str(error)
         return
+    if not listed:
+        yield str(place / sums.NAME), "lists no file"
     for name in listed:
         yield str(place / name), "".join(problem.partition(": ")[2] or problem for problem in sums.problems(place, [name]))
+    inner = {path.parent for name in SEALS for path in place.rglob(f"*/{name}")}
+    for name in sums.artefacts(place):
+        if name not in listed and not UNHASHED.fullmatch(name) and inner.isdisjoint((place / name).parents):
+            yield str(place / name), f"is not listed in {sums.NAME}: added by somebody, or its line was taken out"
 
 
 def _states(folder, progress):
@@ -89,9 +97,13 @@ def _is_state(path: Path) -> bool:
 
 
 def _tiles(folder, progress):
-    """Every picture by its row's SHA-256, and a synthetic one by the row inside it too."""
-    if not (folder / files.MANIFEST).is_file():
-        return
+    """Every picture by its row's SHA-256, and a synthetic one by the row inside it too; of all sets in the folder."""
+    for path in sorted(folder.rglob(files.MANIFEST)):
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            yield from _rows(path.parent)
+
+
+def _rows(folder):
     try:
         rows = files.read_manifest(folder)
     except ValueError as error:
@@ -157,19 +169,31 @@ def _manifest(folder: Path) -> dict | None:
 
 
 def _report_hashes(folder, progress):
-    """What a report consists of, and what it was made from, by the hashes in its manifest."""
+    """What a report consists of, and what it was made from, by the hashes in its manifest; that it lists all of both."""
+    from lesion.report.request import Request
     try:
         manifest = _manifest(folder)
     except ValueError as error:
         yield str(folder / "manifest.json"), str(error)
         return
-    for name, digest in (manifest or {}).get("written", {}).items():
+    if manifest is None:
+        return
+    for name, digest in manifest["written"].items():
         path = folder / name
         yield str(path), "is missing" if not path.is_file() else "" if files.sha256_file(path) == digest else "is not what was written"
-    for name, digest in (manifest or {}).get("read", {}).items():
+    for name in sums.artefacts(folder):
+        if name not in manifest["written"] and name != "manifest.json":
+            yield str(folder / name), "is not listed in manifest.json: added by somebody, or its line was taken out"
+    for name, digest in manifest["read"].items():
         path = Path(name)
         yield name, f"of which {folder} was made, is not there; call verify where evaluate.py was called" if not path.is_file() else \
             "" if files.sha256_file(path) == digest else f"is not the file of which {folder} was made"
+    try:
+        for path in Request.from_json(manifest["request"]).files_read():
+            if path.as_posix() not in manifest["read"]:
+                yield str(path), f"is what {folder} rests on, but its manifest.json does not list it"
+    except (ValueError, OSError) as error:
+        yield str(folder / "manifest.json"), f"asks for what cannot be read: {error}"
 
 
 def _report_numbers(folder, progress):

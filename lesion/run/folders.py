@@ -22,6 +22,8 @@ RECIPE = {"steps": 1400, "lr": 3e-5, "guidance_scale": 7.5, "precision": None}  
 # `mini` is 150 times smaller: fewer, larger steps; guidance by its card; too narrow for bf16 to pay
 MINI_RECIPE = {"steps": 300, "lr": 5e-4, "guidance_scale": 2.0, "precision": "fp32"}
 
+_FILLED: set[Path] = set()  # folders that `replaced` has given out in this process
+
 
 def default_inputs(data: Path | None, base: str | None) -> tuple[Path, str, str]:
     """(data, base, a line that says which and why): ISIC and SD 1.5 where prepared, else the demo set and the built-in base."""
@@ -98,6 +100,7 @@ def replaced(folder: Path) -> Iterator[Path]:
         if left == old or (left.name.startswith(f".{folder.name}.") and left.suffix == ".partial" and not _alive(left)):
             shutil.rmtree(left, ignore_errors=True)
     new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=f".{os.getpid()}.partial"))
+    _FILLED.add(new)
     try:
         yield new
         os.chmod(new, 0o777 & ~files._umask())
@@ -113,11 +116,15 @@ def replaced(folder: Path) -> Iterator[Path]:
         _fsync(folder.parent)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+        _FILLED.discard(new)
 
 
 def _alive(left: Path) -> bool:
-    """Whether the process whose number stands before `.partial` still runs: its folder is not swept."""
+    """Whether the process whose number stands before `.partial` still runs: its folder is not swept. Of our own number are the
+    folders that we are filling, and those of a dead process that had the number before us."""
     number = left.stem.rpartition(".")[2]
+    if left in _FILLED:
+        return True
     if os.name != "posix" or not number.isdigit() or int(number) == os.getpid():
         return False
     try:

@@ -2,15 +2,16 @@
 
 Proven by tests/run/test_sheets.py.
 """
-
+import math
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageSequence, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from lesion.run.files import atomic_path
 
 GAP, LINE = 6, 15
+LARGEST = 2 ** 28  # pixels of the frames that are kept: 6 of 8 tiles side by side, of 2,048 px each, fit
 PAPER, INK = (255, 255, 255), (60, 60, 60)
 BLUE, VERMILION, GREEN, ORANGE, SKY, PURPLE, BLACK = (  # Okabe & Ito: told apart by the colour-blind too
     "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#000000")
@@ -44,13 +45,23 @@ def open_images(paths: list[Path]) -> np.ndarray:
     return np.stack([as_array(Image.open(path)) for path in paths])
 
 
-def open_frames(path: Path) -> np.ndarray:
-    """The frames of a GIF, in order, as uint8 [N,H,W,3]. ValueError if it is no readable picture."""
+def open_frames(path: Path, most: int = 6) -> np.ndarray:
+    """At most `most` frames of a GIF, evenly spread, the first and the last among them, in order, as uint8 [N,H,W,3].
+    ValueError if it is no readable GIF, or these have more than LARGEST pixels."""
     try:
-        with Image.open(path) as picture:
-            return np.stack([as_array(frame) for frame in ImageSequence.Iterator(picture)])
+        with Image.open(path, formats=("GIF",)) as picture:
+            chosen = np.unique(np.linspace(0, picture.n_frames - 1, most).round().astype(int))
+            shape = (len(chosen), picture.height, picture.width, 3)
+            if fits := math.prod(shape[:3]) <= LARGEST:
+                frames = np.empty(shape, np.uint8)
+                for place, number in enumerate(chosen):
+                    picture.seek(number)
+                    frames[place] = as_array(picture)
     except Exception:  # what Pillow raises on damaged bytes has no list
         raise ValueError(f"{path} is damaged: no readable picture; delete it, and draw it again") from None
+    if not fits:
+        raise ValueError(f"{path}: {len(chosen)} frames of {shape[2]}x{shape[1]} pixels are more than are read; draw it again, smaller")
+    return frames
 
 
 def stack(sheets: list[Image.Image], titles: list[str]) -> Image.Image:

@@ -6,12 +6,15 @@ import json
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_tiles import write_set, write_synthetic
 
 import classify
 from lesion.classify import crossfit, predictions
+from lesion.report import verify
 from lesion.run import files, sums
+from lesion.tiles.seen import Parts
 
 QUICK = "--arch resnet18 --weights none --image-size 32 --epochs 1 --batch-size 16 --device cpu"
 
@@ -86,6 +89,103 @@ def test_whole_experiment_stopped_and_resumed(data, scripts, capsys):
     before = len(scripts.calls)
     run(data, *more)
     assert len(scripts.calls) == before
+
+
+def spoil(path):
+    """Change one byte of a file."""
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+
+def test_every_file_has_its_hash(data, scripts):
+    """When all folds are done every file of RUN stands in a SHA256SUMS, the tiles that a fold links to too: verify names a changed
+    answer, deal and tile, and the experiment does not go on from them. Ratios of arms that add nothing are one."""
+    sums.write(data)
+    more = ("--experiments", "A1", "--ratios", 1, 2)
+    out = data.parent / "run"
+    run(data, *more, "--only-fold", 0)
+    assert not (out / sums.NAME).exists()
+    run(data, *more)
+    assert set(sums.read(out)) == {"args.json", "curve.json", "curve.png", "folds.json",
+                                   "fold0/all/seconds.jsonl", "fold1/all/seconds.jsonl"}
+    assert [problem for _, problem in verify.verify(out) if problem] == []
+    tile = files.read_manifest(out / "fold0" / "all" / "data")[0]["file_name"]
+    for path in (out / "curve.json", out / "folds.json", data / tile):
+        spoil(path)
+    found = {what for what, problem in verify.verify(out) if problem}
+    assert {out / "curve.json", out / "folds.json", out / "fold0" / "all" / "data" / tile} <= set(map(Path, found))
+    with pytest.raises(ValueError, match=f"{tile} is not what was written"):
+        run(data, *more)
+    (data / sums.NAME).unlink()  # a set that is not ours: the folds know its tiles
+    with pytest.raises(ValueError, match="folds.json is not what was written"):
+        run(data, *more)
+    (out / sums.NAME).unlink()
+    (out / "folds.json").unlink()
+    with pytest.raises(ValueError, match=f"{tile} is not what was written"):
+        run(data, *more)
+
+
+@pytest.fixture
+def plan(data):
+    return crossfit.Plan(str(data), "0", "base", 2, (None,), (1.0,), ("A1",), 1, 0, 0.2, True, "", "", "")
+
+
+@pytest.mark.parametrize("name", ["write", "update"])
+def test_killed_before_the_hashes(data, plan, monkeypatch, name):
+    """A fold's data set that has its manifest but not all its hashes gets them when the command is called again."""
+    rows, out = files.read_manifest(data), data.parent / "run"
+
+    def killed(*_):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(sums, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            crossfit.prepare(plan, rows, out)
+    assert (out / "fold0" / "all" / "data" / files.MANIFEST).is_file()
+    crossfit.prepare(plan, rows, out)
+    for fold in range(2):
+        folder = out / f"fold{fold}" / "all" / "data"
+        assert set(sums.read(folder)) == {files.MANIFEST, "dataset.json", *(row["file_name"] for row in files.read_manifest(folder))}
+
+
+def test_odd_names_and_damaged_records(data, plan):
+    """An id that splits lines elsewhere comes back from the joined table; a deal, a table and a record that are damaged end in one line,
+    and a step whose command is not known is not taken for done."""
+    rows, out = files.read_manifest(data), data.parent / "run"
+    places = crossfit.prepare(plan, rows, out)
+    runs = [place.folder / "ratio-1" for place in places]
+    scores, count = np.array([0.1, 0.9]), {"added": 0, **{part: {"benign": 1, "malignant": 1} for part in ("train", "val", "test")}}
+    for fold, folder in enumerate(runs):
+        held = [{"file_name": f"{fold}{label}.png", "isic_id": f"{fold}\u2028{label}", "label": label} for label in ("benign", "malignant")]
+        predictions.write(folder / "A1" / "seed0" / "predictions.csv", Parts([], held, held, False), scores, scores)
+        files.write_json(folder / "args.json", {"notes": [], "counts": [count], "checked": None})
+    crossfit.join(plan, places, 1.0, out / "answer" / "x")
+    assert predictions.read_runs(out / "answer" / "x")["A1"][0].ids.tolist() == [
+        f"{fold}\u2028{label}" for fold in range(2) for label in ("benign", "malignant")]
+    for record in ({}, {"notes": [], "counts": 5, "checked": None}):
+        files.write_json(runs[1] / "args.json", record)
+        with pytest.raises(ValueError, match=r"fold1/all/ratio-1/args.json is (missing or )?damaged"):
+            crossfit.join(plan, places, 1.0, out / "answer" / "x")
+    files.write_json(runs[1] / "args.json", files.read_json(runs[0] / "args.json"))
+    (runs[0] / "A1" / "seed0" / "predictions.csv").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"fold0/all/ratio-1/A1/seed0/predictions.csv has no column 'id'"):
+        crossfit.join(plan, places, 1.0, out / "answer" / "x")
+    deal = files.read_json(out / "folds.json")
+    for damage in ({}, {"units": deal["units"]}, {"units": deal["units"][1:], "parts": deal["parts"]}, {**deal, "parts": 5},
+                   {**deal, "parts": deal["parts"][:1]}, *({**deal, "parts": [[part] * len(rows)] * 2} for part in (1, "x"))):
+        files.write_json(out / "folds.json", damage)
+        with pytest.raises(ValueError, match=r"folds.json is damaged: it does not deal 56 tiles to 2 folds"):
+            crossfit.prepare(plan, rows, out)
+
+
+def test_a_step_without_its_command_is_not_done(plan, scripts, tmp_path):
+    """A record that does not say the command: the step is run again."""
+    place = crossfit.Place(0, None, tmp_path)
+    files.write_json(tmp_path / ".drawn.command.json", {})
+    files.write_bytes(tmp_path / "drawn" / "x", b"x")
+    sums.write(tmp_path / "drawn")
+    scripts.stop = 0
+    with pytest.raises(ValueError, match="generate.py ended with exit code 1"):
+        crossfit.run_step(place, tmp_path / "drawn", ["generate.py"])
 
 
 def test_a_fold_learns_from_its_own_training_tiles(data, scripts):

@@ -1,9 +1,10 @@
-"""Honest features: their definition, invariance and answers, and a cache that refuses what is not its own."""
+"""Honest features: their definition, invariance and answers, and a cache that makes anew what is not its own."""
 import numpy as np
 import pytest
 import torch
 
 from lesion.classify import features, network
+from lesion.run import files
 
 
 @pytest.fixture(scope="module")
@@ -77,22 +78,35 @@ def test_cache_runs_once_and_only_for_its_own_images(tmp_path, images):
     assert len(list(tmp_path.glob("features-*.npz"))) == 2
 
 
-def test_features_of_other_images_are_refused(tmp_path, images):
-    """A cache renamed over another's place, or cut in the middle, ends in one line, and the file stays."""
-    features.cached(counted(), images, tmp_path)
+def test_features_of_other_images_are_made_anew(tmp_path, images):
+    """A cache renamed over another's place, of another extractor, or cut in the middle is seen, and replaced by the right one."""
+    right = features.cached(counted(), images, tmp_path)
     own, = tmp_path.glob("*.npz")
+    whole = own.read_bytes()
     features.cached(counted(), images[::-1], tmp_path)
     other, = set(tmp_path.glob("*.npz")) - {own}
-    own.write_bytes(other.read_bytes())
-    with pytest.raises(ValueError, match="features of other images") as error:
-        features.cached(counted(), images, tmp_path)
-    assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="another extractor"):
         features.load(other, features.images_sha256(images[::-1]), features.scattering())
-    own.write_bytes(other.read_bytes()[:300])
-    with pytest.raises(ValueError, match="damaged"):
-        features.cached(counted(), images, tmp_path)
-    assert own.stat().st_size == 300
+    for data, words in ((other.read_bytes(), "features of other images"), (whole[:300], "damaged"), (b"", "damaged")):
+        own.write_bytes(data)
+        with pytest.raises(ValueError, match=words) as error:
+            features.load(own, features.images_sha256(images), counted())
+        assert "\n" not in str(error.value)
+        np.testing.assert_array_equal(features.cached(counted(), images, tmp_path), right)
+        np.testing.assert_array_equal(features.load(own, features.images_sha256(images), counted()), right)
+
+
+def test_any_flipped_bit_of_a_cache_is_seen(tmp_path, images):
+    """One bit of every fifth byte flipped in turn (of the archive's, the headers', the numbers'): the features are the right ones, never
+    others, and nothing is raised."""
+    right = features.cached(counted(), images[:4], tmp_path)
+    path, = tmp_path.glob("*.npz")
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 5):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1:])
+        found = features.cached(counted(), images[:4], tmp_path)
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, right)
 
 
 def test_nan_features_stop_it_and_are_not_kept(tmp_path, images):
@@ -130,11 +144,22 @@ def test_imagenet_weights_are_taken_from_the_cache_only(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: pytest.fail("downloaded"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     assert features.choose().name == "scattering"
-    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
-    torch.save(resnet50(weights=None).state_dict(), tmp_path / "hub" / "checkpoints" / features.IMAGENET_FILES[0])
+    torch.save(resnet50(weights=None).state_dict(), tmp_path / "made.pth")
+    name = f"resnet50-{files.sha256_file(tmp_path / 'made.pth')[:8]}.pth"
+    files.write_bytes(tmp_path / "hub" / "checkpoints" / name, (tmp_path / "made.pth").read_bytes())
+    monkeypatch.setattr(features, "IMAGENET_FILES", (name,))
     extractor = features.choose()
     assert extractor.name == "imagenet"
     assert extractor.run(np.zeros((2, 64, 64, 3), np.uint8)).shape == (2, 2048)
+
+
+@pytest.mark.parametrize("data", [b"garbage", b"PK\3\4" + bytes(100)])
+def test_damaged_imagenet_weights_are_named(tmp_path, monkeypatch, data):
+    """A file in torch's cache that is not what its name says: one line that names it and says what to do."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    files.write_bytes(tmp_path / "hub" / "checkpoints" / features.IMAGENET_FILES[0], data)
+    with pytest.raises(ValueError, match=r"resnet50-11ad3fa6.pth is damaged: its SHA-256 does not begin with 11ad3fa6.*; delete it$"):
+        features.choose()
 
 
 def test_tiles_of_another_size_are_refused():

@@ -1,4 +1,6 @@
 """lesion.classify.network: it learns, resumes bit for bit, weighs classes as said, loads weights strictly, refuses NaN."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +8,7 @@ import torchvision
 from tiny_tiles import picture
 
 from lesion.classify import network
+from lesion.run import files
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +134,29 @@ def test_bad_weights(tmp_path):
         network.build("resnet50", str(tmp_path / "r34.pth"), 0)
     with pytest.raises(ValueError, match="allowed are resnet18"):
         network.build("vgg16", "none", 0)
+
+
+def test_damaged_imagenet_weights_are_named(tmp_path, monkeypatch):
+    """A file in torch's cache that is not what its name says, or no state dict although it is: one line that names it; a whole one is
+    read from there and nothing is downloaded."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    place = tmp_path / "hub" / "checkpoints"
+    files.write_bytes(place / "resnet18-f37072fd.pth", b"garbage")
+    with pytest.raises(ValueError, match=r"resnet18-f37072fd.pth is damaged: its SHA-256 does not begin with f37072fd.*; delete it$"):
+        network.build("resnet18", "imagenet", 0)
+    model = network.build("resnet18", "none", 3)
+    torch.save(model.state_dict(), tmp_path / "made.pth")
+    for data, words in ((b"garbage", "no state dict of tensors"), ((tmp_path / "made.pth").read_bytes(), None)):
+        name = f"resnet18-{files.sha256_bytes(data)[:8]}.pth"
+        files.write_bytes(place / name, data)
+        found = SimpleNamespace(url=f"https://host/models/{name}", get_state_dict=lambda **_: pytest.fail("downloaded"))
+        monkeypatch.setattr(torchvision.models, "get_model_weights", lambda arch, found=found: SimpleNamespace(DEFAULT=found))
+        if words:
+            with pytest.raises(ValueError, match=words):
+                network.build("resnet18", "imagenet", 0)
+        else:
+            assert torch.equal(network.build("resnet18", "imagenet", 0).conv1.weight, model.conv1.weight)
+
 
 
 def test_divergence_is_an_error(tiles, tmp_path):

@@ -1,5 +1,6 @@
 """lesion.classify.predictions: what is written comes back; damaged or foreign tables are refused by name and line."""
 import ast
+import csv
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from lesion.classify import predictions
 from lesion.classify.arms import Parts
+from lesion.run import files
 from lesion.stats import classification
 
 
@@ -121,3 +123,53 @@ def test_runs_of_other_tiles_are_refused(tmp_path):
     predictions.write(tmp_path / "S2/seed0/predictions.csv", parts(start=3), scores(seed=1), scores())
     with pytest.raises(ValueError, match="S2/seed0 was tested on other tiles than A1/seed0"):
         predictions.read_runs(tmp_path)
+
+
+def odd(start=0):
+    """Tiles and patients whose names hold what splits lines elsewhere, commas and quotes, or begin like a formula."""
+    both = parts(start=start)
+    for number, row in enumerate((*both.val, *both.test)):
+        name = ("{}", "a\u2028{}", "a\x85{}", 'a\n"b",{}', "=1+1|{}", "'=1+1|{}", "'{}", "@SUM({})")[number % 8]
+        row |= {"isic_id": name.format(start + number), "patient_id": name.format(f"P{start + number}")}
+    return both
+
+
+def test_odd_names_come_back_also_from_joined_folds(tmp_path):
+    """Every id and patient as it was, written and read, merged by classify.py or joined from runs without a fold column; the table
+    holds no cell that a spreadsheet runs."""
+    for fold in range(2):
+        for name, number in ((f"fold{fold}", fold), (f"run{fold}", None)):
+            predictions.write(tmp_path / name / "predictions.csv", odd(100 * fold), scores(seed=1), scores(), number)
+    predictions.merge_folds(tmp_path, 2)
+    predictions.join([tmp_path / f"run{fold}" / "predictions.csv" for fold in range(2)], tmp_path / "joined.csv")
+    assert (tmp_path / "joined.csv").read_bytes() == (tmp_path / "predictions.csv").read_bytes()
+    for path, starts in ((tmp_path / "run1" / "predictions.csv", [100]), (tmp_path / "joined.csv", [0, 100])):
+        run, rows = predictions.read(path), [row for start in starts for row in odd(start).test]
+        assert dict(zip(run.ids, run.patients)) == {row["isic_id"]: row["patient_id"] for row in rows}
+    with open(tmp_path / "joined.csv", newline="", encoding="utf-8") as file:
+        assert not [cell for row in csv.reader(file) for cell in row if cell.startswith(("=", "@"))]
+
+
+def test_a_damaged_fold_is_not_joined(tmp_path):
+    """An empty table, a line too short: named, and nothing written."""
+    predictions.write(tmp_path / "0.csv", parts(), scores(seed=1), scores())
+    for text, words in (("", "no column 'id'"), ((tmp_path / "0.csv").read_text(encoding="utf-8") + "T99,benign\n", "1.csv, line 18")):
+        (tmp_path / "1.csv").write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=words):
+            predictions.join([tmp_path / "0.csv", tmp_path / "1.csv"], tmp_path / "joined.csv")
+    assert not (tmp_path / "joined.csv").exists()
+
+
+@pytest.mark.parametrize("damage", [{"notes": [5]}, {"notes": [""]}, {"notes": {"a": 1}}, {"notes": None}, {"seeds": "5"}, {"seeds": 0},
+                                    {"experiments": 5}, {"experiments": [1]}, {"checked": [1]}, {"counts": []}, {"counts": [{}]},
+                                    {"synthetic_sha256": 5}])
+def test_a_damaged_record_is_named(tmp_path, damage):
+    """args.json with a value of a type that classify.py never writes: one line names the file and the key."""
+    assert predictions.read_args(tmp_path) == {}
+    good = {"notes": ["x"], "seeds": 5, "experiments": ["A1"], "checked": None, "synthetic_sha256": None, "counts": [
+        {"added": 0, **{part: {"benign": 2, "malignant": 1} for part in ("train", "val", "test")}}]}
+    files.write_json(tmp_path / "args.json", good)
+    assert predictions.read_args(tmp_path) == good
+    files.write_json(tmp_path / "args.json", good | damage)
+    with pytest.raises(ValueError, match=f"args.json is damaged: {next(iter(damage))} is "):
+        predictions.read_args(tmp_path)

@@ -103,3 +103,12 @@ def test_the_ratio_that_fits_is_named(tiles, tmp_path):
     with pytest.raises(ValueError, match="--ratio 0.41"):
         sweep.check_count(tmp_path / "five", 12, Parts(rows, [], [], False))
     sweep.check_count(tmp_path / "five", sweep.arms.extra_count(0.41, rows), Parts(rows, [], [], False))
+
+
+@pytest.mark.parametrize("damage", [{"seeds": "5"}, {"experiments": 5}, {"notes": None}])
+def test_a_damaged_record_stops_resuming_in_one_line(tiles, tmp_path, damage):
+    """args.json of the run that would go on is named, and stays."""
+    files.write_json(tmp_path / "args.json", damage)
+    with pytest.raises(ValueError, match="args.json is damaged"):
+        run(tiles, tmp_path, "--experiments", "B0")
+    assert files.read_json(tmp_path / "args.json") == damage

@@ -2,7 +2,7 @@
 import pytest
 
 from lesion.report import drop
-from lesion.run import files
+from lesion.run import files, sums
 
 
 def test_drop_copies_leaves_a_set_without_them(tmp_path):
@@ -42,3 +42,16 @@ def test_dropping_again_replaces_only_its_own_work(tmp_path):
     assert sorted(path.name for path in (tmp_path / "new").glob("*.png")) == ["0.png", "1.png"]
     assert (tmp_path / "mine" / "notes.txt").read_text(encoding="utf-8") == "mine"
     assert not list(tmp_path.glob(".*"))
+
+
+def test_what_is_left_is_hashed(tmp_path):
+    """SHA256SUMS lists every file of the new folder: a picture changed there is named to the next command."""
+    rows = [{"file_name": f"{i}.png"} for i in range(3)]
+    for row in rows:
+        files.write_bytes(tmp_path / "old" / row["file_name"], b"tile")
+    files.write_manifest(tmp_path / "old", rows)
+    drop.drop_copies(tmp_path / "old", ["1.png"], tmp_path / "new")
+    assert sorted(sums.read(tmp_path / "new")) == ["0.png", "2.png", "dropped.json", "metadata.jsonl"]
+    files.write_bytes(tmp_path / "new" / "2.png", b"other")
+    with pytest.raises(ValueError, match="2.png is not what was written"):
+        sums.require(tmp_path / "new")

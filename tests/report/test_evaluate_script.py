@@ -127,6 +127,15 @@ def test_limits_are_said(tmp_path):
     assert "no interval is given for" not in " ".join(classification.limits(results_of(tmp_path / "many")))
 
 
+@pytest.mark.parametrize("notes", [[5], [""], {"a": 1}])
+def test_damaged_notes_are_named(tmp_path, notes):
+    """Notes in args.json that are no sentences: one line, before anything is computed."""
+    files.write_json(tmp_path / "args.json", {"notes": notes})
+    with pytest.raises(ValueError, match="args.json is damaged: notes is"):
+        classification.read_args(tmp_path)
+
+
+
 def test_report_from_predictions_alone(tmp_path, run_script):
     """Six arms, subgroups from the data set, all files written, figures embedded; made again, the same bytes."""
     gains = {"B0": -0.5, "A1": 0.0, "W1": 0.1, "S2": 0.2, "S2w": 0.2, "O1": 0.1}

@@ -65,20 +65,18 @@ def test_the_same_command_works_again(made, run_script):
     assert [path.name for path in (root / "mine").rglob("*.*")] == ["notes.txt"]
 
 
-def test_features_of_other_images_end_in_one_line(made, run_script):
-    """A feature cache put in another's place: exit code 2, one line, and the old report stays."""
+def test_features_of_other_images_change_nothing(made, run_script):
+    """A feature cache put in another's place: it is made anew, and the report's numbers are the same."""
     _, root = made
     cached = sorted((root / "data" / ".cache").glob("features-*.npz"))
-    kept = cached[0].read_bytes()
-    before = (root / "report" / "report.html").read_bytes()
-    cached[0].write_bytes(cached[1].read_bytes())
-    done = run_script("evaluate.py", "--data", root / "data", "--synthetic", root / "phase-1", "--out", root / "report",
-                      timeout=900)
-    cached[0].write_bytes(kept)
-    assert done.returncode == 2
-    assert "features of other images" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
-    assert (root / "report" / "report.html").read_bytes() == before
+    kept = [path.read_bytes() for path in cached]
+    before = json.loads((root / "report" / "results.json").read_text(encoding="utf-8"))["pictures"]
+    cached[0].write_bytes(kept[1])
+    done = run_script("evaluate.py", "--data", root / "data", "--synthetic", root / "phase-1", "--out", root / "again", timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert [path.read_bytes() for path in cached] == kept
+    after = json.loads((root / "again" / "results.json").read_text(encoding="utf-8"))["pictures"]
+    assert {key: value for key, value in before.items() if key != "dropped"} == after
 
 
 @pytest.mark.parametrize(("flags", "said"), [
@@ -95,18 +93,20 @@ def test_bad_flags_end_in_one_line(run_script, flags, said):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def row(name, auc, p):
-    return {"name": name, "n": 50, "against_real": {"auc": auc, "low": auc - 0.05, "high": auc + 0.05, "p": p}}
+def row(name, auc, p, ceiling=False):
+    return {"name": name, "n": 50, "ceiling": ceiling, "against_real": {"auc": auc, "low": auc - 0.05, "high": auc + 0.05, "p": p}}
 
 
 def test_the_finding_says_no_more_than_the_numbers():
     """Told apart only where p says so; copies beside the 1 % of real tiles; no copies claimed where none were
-    sought."""
-    results = {"fidelity": {"sets": [row("a", 0.9, 0.002), row("b", 0.52, 0.3), row("held-out real malignant", 0.5, 0.5)]},
+    sought; a synthetic set that is called held-out is still a synthetic set."""
+    results = {"fidelity": {"sets": [row("a", 0.9, 0.002), row("b", 0.52, 0.3), row("held-out drawn", 0.8, 0.002),
+                                     row("held-out real malignant", 0.5, 0.5, True)]},
                "copies": {"sets": [{"name": "a", "copies": 3, "mean": 0.06, "low": 0.01, "high": 0.17}]}}
     text = "\n".join(pictures.findings(results)).replace("\u00a0", " ")
     assert "a: the 50 tiles are told from real ones (two-sample AUC 0.90 [0.85, 0.95], p .002); 3 are called copies" in text
     assert "b: the 50 tiles are not told from real ones here" in text
+    assert "held-out drawn: the 50 tiles are told from real ones (two-sample AUC 0.80" in text
     assert text.count("copies") == 1
     assert "Held-out real tiles against the same training tiles: AUC 0.50" in text
     assert "copies" not in "".join(pictures.findings(results | {"copies": None}))

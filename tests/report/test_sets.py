@@ -123,6 +123,39 @@ def test_sets_that_cannot_be_compared_are_refused(world, tmp_path):
         sets.judge_copies(sets.gather([world / "fresh"], few))
 
 
+@pytest.mark.parametrize("size", [10 ** 7, [64], "64", 64.0, True, 65, -64])
+def test_a_size_that_is_never_drawn_is_refused(world, tmp_path, size):
+    """A row's resolution that is no multiple of 64 from 64 to 2048, whatever its type: one line that names the row, no memory taken."""
+    picture_tiles.write_synthetic(tmp_path / "odd", picture_tiles.blobs(np.random.default_rng(4), 2, True), resolution=size)
+    with pytest.raises(ValueError, match=r"metadata.jsonl, 00000.png: resolution is .* expected a multiple of 64"):
+        sets.gather([tmp_path / "odd"], world / "data")
+
+
+def test_a_real_tile_without_a_label_is_named(world, tmp_path):
+    """A data set whose rows do not all say their class: one line."""
+    rows = files.read_manifest(world / "data")
+    files.write_manifest(tmp_path, [{key: value for key, value in row.items() if key != "label" or i != 1} for i, row in enumerate(rows)])
+    with pytest.raises(ValueError, match=r"1 tiles without a label \(first: images/ISIC_0000001.png\)"):
+        sets.gather([world / "fresh"], tmp_path)
+
+
+def test_names_are_distinct_printable_and_no_real_sets(tmp_path):
+    """Folders alike in name and parent are numbered, a sign that no SVG can hold is a question mark, and what reads like the real
+    tiles has its parent's name: no two columns or rows of the report are one."""
+    assert sets.names([tmp_path / "a" / "b" / "x", tmp_path / "c" / "b" / "x", tmp_path / "d" / "x"]) == ["b/x", "b/x (2)", "d/x"]
+    assert sets.names(["p/a\x01b", "p/a\x02b", "p/realistic"]) == ["a?b", "a?b (2)", "realistic"]
+    assert sets.names(["p/real malignant", "p/held-out real malignant"]) == ["p/real malignant", "p/held-out real malignant"]
+
+
+def test_a_set_named_like_the_held_out_tiles_is_not_them(material, monkeypatch):
+    """The ceiling is marked in its row, not known by its name."""
+    monkeypatch.setattr(material.synthetic[0], "name", "held-out drawn")
+    rows = sets.judge_fidelity(material)["sets"]
+    assert [(row["name"], row["ceiling"]) for row in rows] == [
+        ("held-out drawn", False), ("copied", False), ("held-out real malignant", True)]
+
+
+
 def test_exact_repetitions_do_not_hide_copies(material):
     """A training tile that stands there six times is searched once."""
     images = np.concatenate([material.real.images[:3], material.real.images[:1].repeat(5, 0)])
@@ -131,7 +164,7 @@ def test_exact_repetitions_do_not_hide_copies(material):
 
 def test_learning_curves_find_the_checkpoint_of_each_set(material, tmp_path):
     """A set drawn with the LoRA of step 400 (by SHA-256) puts its copies at step 400; the least loss is marked."""
-    run = tmp_path / "phase-1"
+    run = tmp_path / "phase\x01-1"
     files.write_jsonl(run / "metrics.jsonl", [{"step": 1, "loss": 0.2}, {"step": 200, "val_loss": 0.15},
                                               {"step": 400, "val_loss": 0.12}, {"step": 600, "val_loss": 0.14}])
     files.write_bytes(run / "checkpoints" / "lora-000400.safetensors", b"weights of step 400")
@@ -146,6 +179,7 @@ def test_learning_curves_find_the_checkpoint_of_each_set(material, tmp_path):
         for row, value in zip(material.synthetic[1].rows, old):
             row["lora_sha256"] = value
     assert curve["best"] == 400
+    assert curve["name"] == "phase?-1"  # an SVG holds no such sign
     assert curve["copies"] == [(400, 0.3, 0.2, 0.4)]
     files.write_jsonl(run / "metrics.jsonl", [{"step": 1, "loss": 0.2}])
     with pytest.raises(ValueError, match="no validation loss"):

@@ -114,6 +114,46 @@ def test_a_changed_figure_and_a_lost_manifest(report):
     assert "is missing" in wrong(report)[str(report / "manifest.json")]
 
 
+def test_a_list_that_was_emptied(report):
+    """Nothing passes by being unlisted: a report's figure replaced and its lists emptied, a run's SHA256SUMS emptied or one line of it
+    taken out, a file added."""
+    manifest = files.read_json(report / "manifest.json")
+    figure = next((report / "figures").glob("*.png"))
+    figure.write_bytes(b"x")
+    files.write_json(report / "manifest.json", manifest | {"written": {}, "read": {}})
+    found = wrong(report, recompute=False)
+    assert "is not listed in manifest.json" in found[str(figure)]
+    assert found.keys() == {str(report / name) for name in manifest["written"]} | manifest["read"].keys()
+    run, table = Path("arms"), Path("arms/O1/seed0/predictions.csv")
+    lines = (run / sums.NAME).read_text(encoding="utf-8").splitlines(keepends=True)
+    (run / sums.NAME).write_text("".join(line for line in lines if "O1/seed0" not in line), encoding="utf-8")
+    (run / "new.csv").write_text("x", encoding="utf-8")
+    assert set(wrong(run)) == {str(table), str(run / "new.csv")}
+    (run / sums.NAME).write_text("", encoding="utf-8")
+    assert wrong(run)[str(run / sums.NAME)] == "lists no file"
+
+
+def test_what_need_not_be_listed(tmp_path):
+    """Times, people's labels, hidden files, and what a folder inside lists itself."""
+    for name in ("a", "timing.jsonl", "labels/first.jsonl", ".cache/x", "inner/b", "report/c"):
+        files.write_bytes(tmp_path / name, b"x")
+    sums.write(tmp_path / "inner")
+    files.write_json(tmp_path / "report" / "manifest.json", {})
+    sums.write(tmp_path, but=("timing.jsonl", "labels/first.jsonl", "inner/b", "report/c", "report/manifest.json"))
+    assert wrong(tmp_path) == {}
+    (tmp_path / "inner" / sums.NAME).unlink()
+    assert list(wrong(tmp_path)) == [str(tmp_path / "inner" / "b")]
+
+
+def test_tiles_of_a_set_within(tmp_path):
+    """A folder that holds a set somewhere below: its tiles are checked against their rows too."""
+    files.write_bytes(tmp_path / "fold0" / "drawn" / "0.png", b"tile")
+    files.write_manifest(tmp_path / "fold0" / "drawn", [{"file_name": "0.png", "sha256": files.sha256_bytes(b"other")}])
+    sums.write(tmp_path / "fold0" / "drawn")
+    assert "is not the picture of its row" in wrong(tmp_path)[str(tmp_path / "fold0" / "drawn" / "0.png")]
+
+
+
 def test_differences():
     """Places of lists and objects, missing and added entries, types; the last digit of a float does not count."""
     one = {"a": [1, 2.0], "b": {"c": None}, "same": [0.1]}

@@ -235,6 +235,18 @@ def test_replaced_keeps_the_old_folder_when_it_fails(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
 
 
+def test_replaced_within_another(tmp_path):
+    """A folder replaced while another, whose name begins alike, is being filled by the same process: neither sweeps the other's
+    work; what a dead process of our number left is swept."""
+    (tmp_path / f".r.dead.{os.getpid()}.partial").mkdir()
+    with folders.replaced(tmp_path / "r.more") as outer:
+        files.write_bytes(outer / "x", b"outer")
+        with folders.replaced(tmp_path / "r") as inner:
+            files.write_bytes(inner / "x", b"inner")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r", "r.more"]
+    assert [(tmp_path / name / "x").read_bytes() for name in ("r.more", "r")] == [b"outer", b"inner"]
+
+
 def test_newest_file_is_by_time_of_change(tmp_path, monkeypatch):
     """Among all patterns the file changed last, not the last by name; nothing where nothing matches."""
     monkeypatch.chdir(tmp_path)

@@ -109,6 +109,29 @@ def test_gif(tmp_path):
     assert np.abs(shown[0] - end).mean() > 50
 
 
+def test_frames_of_a_gif_are_bounded(tmp_path, monkeypatch):
+    """Six of many frames are kept, first and last among them, all of a few; frames of more pixels than fit, whatever the file's
+    size, are refused before any is decoded, and damaged bytes in one line."""
+    sheets.save_gif(tmp_path / "a.gif", list(np.random.default_rng(0).integers(256, size=(21, SIDE, SIDE, 3), dtype=np.uint8)))
+    with Image.open(tmp_path / "a.gif") as gif:
+        shown = []
+        for number in range(gif.n_frames):
+            gif.seek(number)
+            shown.append(sheets.as_array(gif))
+    assert len(shown) == 21
+    assert (sheets.open_frames(tmp_path / "a.gif") == np.stack([shown[i] for i in (0, 4, 8, 12, 16, 20)])).all()
+    assert len(sheets.open_frames(tmp_path / "a.gif", most=50)) == 21
+    monkeypatch.setattr(sheets, "LARGEST", 6 * SIDE * SIDE - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(sheets, "as_array", lambda _: pytest.fail("decoded"))
+        with pytest.raises(ValueError, match="6 frames of 24x24 pixels are more than are read"):
+            sheets.open_frames(tmp_path / "a.gif")
+    (tmp_path / "a.gif").write_bytes(b"GIF89a")
+    with pytest.raises(ValueError, match="damaged"):
+        sheets.open_frames(tmp_path / "a.gif")
+
+
+
 # --- loss curve ------------------------------------------------------------------------------------------------------
 
 
