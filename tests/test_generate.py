@@ -635,3 +635,50 @@ def test_as_a_command(tiny, shared, tmp_path, run_script):
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("generate.py: ")
     assert "is a pickle" in done.stderr
+
+
+def test_draws_by_attributes(data):
+    """--draw balanced asks for all six skin tones equally often, --draw attributes for the rows' own; another seed, another order."""
+    def chosen(way, seed=0, count=12):
+        return generate.choose_prompts(generate.parse([
+            "--prompts-from", str(data), "--label", "malignant", "--count", str(count), "--draw", way, "--seed", str(seed)]))
+    tones = [generate.attributes_of(prompt)["skin_tone"] for prompt in chosen("balanced")]
+    assert len(set(tones)) == 6
+    assert {tones.count(tone) for tone in tones} == {2}
+    assert {generate.attributes_of(prompt)["skin_tone"] for prompt in chosen("attributes")} == {"light"}
+    assert chosen("balanced", 0) != chosen("balanced", 1)
+
+
+@pytest.mark.parametrize("flag", [["--precision", "bf16"], ["--plain"]])
+def test_another_arithmetic_is_another_call(base, tmp_path, flag):
+    """Pictures of two precisions, or of two ways to compute, are not mixed in one folder."""
+    draw(base, tmp_path / "a", "--precision", "fp32", count=1)
+    with pytest.raises(ValueError, match="holds the images of another call"):
+        draw(base, tmp_path / "a", *(["--precision", "fp32"] if flag == ["--plain"] else []), *flag, count=1)
+
+
+def test_each_loras_own_record(base, networks, data, tmp_path):
+    """Two LoRAs: what each has seen stands beside it; size and class are the last one's; every hash is in the PNG."""
+    for number, name in enumerate(("one", "two")):
+        write_lora(tmp_path / name / "lora.safetensors", random_lora(networks, number), resolution=str(64 + 64 * number), label=name, base_sha256="00")
+        files.write_json(tmp_path / name / "train_files.json", [{"file_name": f"{name}.jpg", "sha256": "00", "patient_id": None}])
+    generate.main([*map(str, ["--base", base, "--lora", tmp_path / "one/lora.safetensors", tmp_path / "two/lora.safetensors:0.5", "--prompt", "x",
+                              "--out", tmp_path / "out", "--count", 1, "--steps", 1])])
+    used = json.loads((tmp_path / "out" / "provenance.json").read_text(encoding="utf-8"))["loras"]
+    assert [entry["train_files"][0]["file_name"] for entry in used] == ["one.jpg", "two.jpg"]
+    (row,) = files.read_manifest(tmp_path / "out")
+    assert (row["resolution"], row["label"]) == (128, "two")
+    with Image.open(tmp_path / "out" / row["file_name"]) as image:
+        _, _, values = parsed_by_a1111(image.text["parameters"])
+    assert values["Lora hashes"].count(": ") == 2
+    assert values["Model hash"] == row["base_sha256"][:10]
+
+
+def test_gif_is_of_the_first_images(base, tmp_path):
+    """Of six images the GIF ends with the first four."""
+    result = draw(base, tmp_path / "out", "--gif", count=6, steps=2)
+    with Image.open(tmp_path / "out" / "denoising.gif") as gif:
+        gif.seek(gif.n_frames - 1)
+        last = np.asarray(gif.convert("RGB")).astype(int)
+    for place in range(4):
+        assert np.abs(last[6:70, 6 + 70 * place:70 + 70 * place] - result[place]).mean() < 12

@@ -243,3 +243,18 @@ def test_bad_synthetic_folders(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "00000.png"}\n', encoding="utf-8")
     with pytest.raises(ValueError, match="has no label"):
         arms.choose_synthetic(tmp_path, 1, 0)
+
+
+def test_every_accepted_overlap_is_noted():
+    """Between train and val too: a threshold chosen on trained tiles is no less to be said."""
+    rows = make({"train": (40, 20), "val": (8, 4), "test": (8, 4)})
+    rows[0]["patient_id"] = rows[60]["patient_id"]
+    parts = arms.split_parts(rows, 0.2, 0)
+    arms.check_parts(parts, accept_overlap=True)
+    assert any("1 patients are in both train and val" in note for note in parts.notes)
+
+
+def test_the_seed_chooses_the_synthetic_tiles(tmp_path):
+    """Another seed takes other tiles of the folder."""
+    write_synthetic(tmp_path, 40, None)
+    assert names(arms.choose_synthetic(tmp_path, 10, 0)) != names(arms.choose_synthetic(tmp_path, 10, 1))

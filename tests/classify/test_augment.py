@@ -97,3 +97,33 @@ def test_constants_of_imagenet():
     assert (list(augment.MEAN), list(augment.STD)) == (preset.mean, preset.std) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     grey = augment.normalise(torch.full((1, 2, 2, 3), 128, dtype=torch.uint8))[0, :, 0, 0]
     assert grey.tolist() == pytest.approx([(128 / 255 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (128 / 255 - 0.406) / 0.225], abs=1e-5)
+
+
+def test_shear_is_five_degrees():
+    """The largest shear by hand: [[1, tan 5 degrees], [0, 1]]; nothing else moves."""
+    found = augment.affine_matrix(torch.tensor([0]), torch.tensor([[0.0, 0, 0, 0, 1]]))[0]
+    assert torch.allclose(found, torch.tensor([[1.0, math.tan(math.radians(5)), 0], [0, 1, 0]]), atol=1e-6)
+
+
+def test_hue_turns_the_chroma_by_its_share_of_a_circle():
+    """Hue at its largest turns the chroma plane of YIQ by .03 of a circle, whatever the colour."""
+    tile = pixels(1)
+    mean, std = (torch.tensor(v)[:, None, None] * 255 for v in (augment.MEAN, augment.STD))
+    turned = augment.jitter(tile, torch.tensor([[0.0, 0, 0, 1]])) * std + mean
+    before, after = (torch.tensor(augment.TO_YIQ) @ image[0].flatten(1) for image in (tile, turned))
+    angle = torch.atan2(after[2], after[1]) - torch.atan2(before[2], before[1])
+    assert torch.allclose(torch.remainder(angle, 2 * math.pi), torch.tensor(0.03 * 2 * math.pi), atol=1e-2)
+
+
+def test_what_traditional_draws(monkeypatch):
+    """All eight views; nine numbers a tile, of both signs and each for itself; a white tile has no black corner."""
+    seen, matrix, jitter = {}, augment.affine_matrix, augment.jitter
+    monkeypatch.setattr(augment, "affine_matrix", lambda view, spread: seen.update(view=view, affine=spread) or matrix(view, spread))
+    monkeypatch.setattr(augment, "jitter", lambda tiles, spread: seen.update(tiles=tiles, colour=spread) or jitter(tiles, spread))
+    augment.augment(torch.full((1600, 8, 8, 3), 255, dtype=torch.uint8), "traditional", generator(6))
+    assert torch.bincount(seen["view"], minlength=8).min() > 140
+    spread = torch.cat([seen["affine"], seen["colour"]], 1)
+    assert spread.shape == (1600, 9)
+    assert spread.mean(0).abs().max() < 0.06
+    assert torch.corrcoef(spread.T).fill_diagonal_(0).abs().max() < 0.12
+    assert seen["tiles"].min() > 254

@@ -220,3 +220,59 @@ def test_one_machine_a_fold(data, scripts, capsys):
     assert {shlex.join(command).count("fold1") > 0 for command in scripts.calls} == {True}
     run(data, "--only-fold", 0)
     assert (data.parent / "run" / "curve.json").is_file()
+
+
+def test_the_commands_of_a_fold():
+    """Copies are dropped from what was drawn, and the classifiers learn from what is left; seeds, class, number and every further
+    flag reach the script that they are for."""
+    plan = crossfit.Plan("data", "sha", "base", 2, (None,), (1.0, 2.0), ("A1", "O1", "S2"), 3, 7, 0.2, True, "--rank 4", "--steps 9", "--lr 1")
+    folder = Path("run/fold1/all")
+    steps = crossfit.steps_of(plan, crossfit.Place(1, None, folder), 12)
+    flags = [{name: value for name, value in zip(command, command[1:]) if name.startswith("--")} for _, command in steps]
+    assert [command[0] for _, command in steps] == ["train_lora.py"] * 2 + ["generate.py", "evaluate.py", "classify.py", "classify.py"]
+    assert {one["--seed"] for one in flags if "--seed" in one} == {"7"}
+    assert [("--seed" in one) for one in flags] == [True] * 3 + [False] + [True] * 2
+    assert [one.get("--rank") for one in flags[:2]] == ["4", "4"]
+    assert (flags[2]["--label"], flags[2]["--count"], flags[2]["--steps"]) == ("malignant", "30", "9")  # 1.25 x 2 x 12
+    assert flags[3]["--synthetic"] == flags[2]["--out"] == str(folder / "drawn")
+    assert steps[3][0] == Path(flags[3]["--drop-copies"]) / "drawn"
+    assert {one["--synthetic"] for one in flags[4:]} == {str(steps[3][0])}
+    assert {(one["--seeds"], one["--lr"]) for one in flags[4:]} == {("3", "1")}
+
+
+def test_the_answer_holds_each_folds_own_scores(data, scripts):
+    """Every score in the answer is that of the fold which tested the tile, at the ratio of the folder (A1: at the first), with its
+    fold beside it; a fold's training tiles are their mean, and the curve's points are the joined runs'."""
+    run(data, "--ratios", 1, 2)
+    out = data.parent / "run"
+    folds = {row["isic_id"]: str(fold) for fold in range(2) for row in files.read_manifest(out / f"fold{fold}" / "all" / "data")
+             if row["split"] == "test"}
+    points = files.read_json(out / "curve.json")["points"]
+    for point in points:
+        for arm in ("A1", "S2", "O1"):
+            at = "ratio-1" if arm == "A1" else f"ratio-{point['ratio']:g}"
+            parts = [predictions.read_runs(out / f"fold{fold}" / "all" / at)[arm][0] for fold in range(2)]
+            own = {name: score for part in parts for name, score in zip(part.ids, part.scores)}
+            joined = predictions.read_runs(out / "answer" / f"all-ratio-{point['ratio']:g}")[arm][0]
+            assert dict(zip(joined.ids, joined.scores)) == own
+            assert dict(zip(joined.ids, joined.folds)) == folds
+            assert point["arms"][arm]["auroc"] == pytest.approx(crossfit_auroc(parts))
+        trained = [sum(row["split"] == "train" and row["label"] == "malignant" for row in
+                       files.read_manifest(out / f"fold{fold}" / "all" / "data")) for fold in range(2)]
+        assert point["real"] == pytest.approx(sum(trained) / 2)
+
+
+def crossfit_auroc(parts):
+    """Mean of the folds' AUROCs, by malignant tiles."""
+    from sklearn.metrics import roc_auc_score
+    return sum(part.labels.sum() * roc_auc_score(part.labels, part.scores) for part in parts) / sum(part.labels.sum() for part in parts)
+
+
+def test_share_and_seed_reach_the_folds(data, scripts, monkeypatch):
+    """--validation-share and --seed are those that the folds are dealt by, and every size is chosen by the one seed."""
+    from lesion.classify import folds
+    seen, split, limit = [], folds.split, folds.limit
+    monkeypatch.setattr(folds, "split", lambda rows, units, *rest: seen.append(rest) or split(rows, units, *rest))
+    monkeypatch.setattr(folds, "limit", lambda rows, parts, *rest: seen.append(rest) or limit(rows, parts, *rest))
+    run(data, "--validation-share", 0.4, "--seed", 5, "--sizes", 4)
+    assert seen == [(2, 0.4, 5), (4, 5), (4, 5)]

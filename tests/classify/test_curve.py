@@ -69,3 +69,36 @@ def test_one_primary_contrast(tmp_path):
     assert any("none detectable" in line for line in curve.lines(found))
     curve.draw(found, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 5000
+
+
+def of_patients(rng, shift, first, scale):
+    """A fold's run: 24 malignant and 60 benign tiles, two of each patient that score alike, on a scale of the fold's model."""
+    labels, patients = np.repeat([1, 0], [24, 60]), first + np.arange(84) // 2
+    scores = scale * (labels * shift + rng.normal(size=500)[patients] + 0.1 * rng.normal(size=84))
+    return SimpleNamespace(labels=labels, scores=scores, patients=patients)
+
+
+def test_patients_and_folds_reach_the_tests():
+    """Difference and interval are DeLong's within folds over patients: neither pooled over folds nor over tiles."""
+    rng = np.random.default_rng(4)
+    one, two = ([[of_patients(rng, shift, 100 * fold, 50.0 ** fold) for _ in range(3)] for fold in range(2)] for shift in (1.0, 1.6))
+    labels, scores, patients, number = curve.joined(one)
+    expected = inference.delong_test(labels, scores, curve.joined(two)[1], patients, number)
+    found = curve.difference(one, two)
+    assert [found[key] for key in ("difference", "low", "high", "p")] == [expected[key] for key in ("difference", "low", "high", "p")]
+    single = [curve.difference(one[fold:fold + 1], two[fold:fold + 1])["difference"] for fold in range(2)]
+    assert found["difference"] == pytest.approx(np.mean(single))
+    values, parts = inference.auroc_over_runs(labels, scores, patients, number)
+    arm = curve.auroc(one)
+    assert (arm["low"], arm["high"]) == inference.interval(float(values.mean()), parts, 24)
+    perfect = [[SimpleNamespace(labels=run.labels, scores=run.labels * 1.0, patients=run.patients) for run in fold] for fold in one]
+    assert curve.auroc(perfect)["low"] == pytest.approx(inference.clopper_pearson(24, 24)[0])  # 12 carriers a fold, not 42 patients
+
+
+def test_worth_is_read_off_the_curve_of_its_ratio():
+    """Another ratio's points are not on the curve; the upper end is that of the interval; it starts from O1 at this size."""
+    points = [point(25.0, 0.7, 0.05, 0.025), point(50.0, 0.9, ratio=2.0), point(50.0, 0.75, 0.05, 0.025), point(100.0, 0.8), point(200.0, 0.9)]
+    found = curve.worth(points[0], points)
+    assert found["tiles"] == pytest.approx(25)
+    assert found["high"] == pytest.approx(25 * 4 ** 0.75 - 25)
+    assert curve.worth(points[2], points)["tiles"] == pytest.approx(50)

@@ -229,3 +229,12 @@ def test_one_step_is_adamw(tiles, tmp_path):
         # the first step is lr g / (|g| + eps): where |g| is at rounding level its sign is noise, so a few may be a step off
         off = (dict(ours.named_parameters())[name] - parameter).abs() > 1e-5 + 1e-4 * parameter.abs()
         assert off.float().mean() < 1e-3, name
+
+
+def test_every_step_augments_anew(tiles, tmp_path, monkeypatch):
+    """Each step has random numbers of its own for augmentation, within an epoch too."""
+    drawn = []
+    monkeypatch.setattr(network, "augment", lambda images, name, generator: drawn.append(
+        torch.rand(1, generator=generator).item()) or network.normalise(images))
+    fit(tiles, tmp_path / "state")
+    assert len(set(drawn)) == 6

@@ -1,15 +1,18 @@
 """lesion.classify.sweep end to end: every arm trains as the protocol says, and a score belongs to its own tile's picture."""
 import csv
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from made_runs import write_run
 from tiny_tiles import write_set, write_synthetic
 
 import classify
-from lesion.classify import network, sweep
+from lesion.classify import network, predictions, sweep
 from lesion.run import files
+from lesion.stats import classification
 from lesion.tiles.seen import Parts
 
 QUICK = ["--arch", "resnet18", "--weights", "none", "--image-size", "32", "--epochs", "1", "--batch-size", "16", "--device", "cpu"]
@@ -112,3 +115,67 @@ def test_a_damaged_record_stops_resuming_in_one_line(tiles, tmp_path, damage):
     with pytest.raises(ValueError, match="args.json is damaged"):
         run(tiles, tmp_path, "--experiments", "B0")
     assert files.read_json(tmp_path / "args.json") == damage
+
+
+def test_flags_reach_the_training(tiles, tmp_path, caught):
+    """Rate, decay, power of the class weights, augmentation and the number of benign tiles are those of the command line."""
+    run(tiles, tmp_path / "run", "--seeds", 1, "--experiments", "W1", "--max-benign", 20, "--lr", 0.007, "--weight-decay", 0.3,
+        "--weight-power", 0.5, "--augmentation", "dihedral")
+    recipe, train = caught[0]["recipe"], caught[0]["train"]
+    assert (recipe.lr, recipe.weight_decay, recipe.weight_power, recipe.augmentation, recipe.batch_size) == (0.007, 0.3, 0.5, "dihedral", 16)
+    assert ((train.labels[train.order] == 0).sum(), (train.labels[train.order] == 1).sum()) == (20, 12)
+
+
+def test_validation_share_is_obeyed(tiles, tmp_path, caught):
+    """Without a val part of its own half of train is held back where half is asked for, with folds and without."""
+    write_set(tmp_path / "data", {"train": (32, 16), "test": (8, 4)})
+    common = ["--out", tmp_path / "run", *QUICK, "--seeds", 1, "--experiments", "B0", "--validation-share", 0.5]
+    classify.main([str(part) for part in ("--data", tmp_path / "data", *common)])
+    assert len(caught[0]["validation"].order) == pytest.approx(24, abs=4)
+    common[1] = tmp_path / "folds"
+    classify.main([str(part) for part in ("--data", tmp_path / "data", *common, "--folds", 2)])
+    assert len(caught[1]["validation"].order) == pytest.approx(15, abs=4)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ("split", "data_sha256 was"), (["--seed", 1], "seed was 0, now 1"), (["--max-benign", 20], "max_benign was 0, now 20"),
+    (["--validation-share", 0.3], "validation_share was 0.2, now 0.3")])
+def test_another_split_is_another_run(tiles, tmp_path, caught, change, words):
+    """A folder begun with other parts is not gone on with: a tile moved to another part, another seed, limit or share."""
+    rows = write_set(tmp_path / "data", {"train": (32, 12), "val": (8, 4), "test": (8, 4)})
+    flags = [str(part) for part in ("--data", tmp_path / "data", "--out", tmp_path / "run", *QUICK, "--seeds", 1, "--experiments", "B0")]
+    classify.main(flags)
+    if change == "split":
+        moved = rows[0]["patient_id"]
+        files.write_manifest(tmp_path / "data", [row | {"split": "val"} if row["patient_id"] == moved else row for row in rows])
+        change = []
+    with pytest.raises(ValueError, match=words):
+        classify.main([*flags, *map(str, change)])
+
+
+def test_the_table_says_what_its_header_says(tmp_path):
+    """Recall at the chosen threshold, AUROC and AUPRC, means over seeds, each under its name."""
+    write_run(tmp_path, {"A1": 0.5})
+    runs = predictions.read_runs(tmp_path)["A1"].values()
+    values = [classification.evaluate(run.labels, run.scores, run.thresholds) for run in runs]
+    header, line = sweep.table(tmp_path)[1:3]
+    assert header.split()[:5] == ["arm", "seeds", "recall", "AUROC", "AUPRC"]
+    assert line.split()[2:5] == [f"{np.mean([value[name] for value in values]):.3f}" for name in ("recall_chosen", "auroc", "auprc")]
+
+
+def test_notes_tell_what_the_generator_saw():
+    """Validation tiles that the generator saw are noted with their number; unknown provenance is another note."""
+    record = {"folder": "samples", "accepted_unknown": False, "held_back_seen": 7}
+    parts = Parts([], [], [], True)
+    (note,) = sweep.notes_of(SimpleNamespace(folds=[parts], checked=[record]))
+    assert "saw 7 of the tiles held back" in note
+    (note,) = sweep.notes_of(SimpleNamespace(folds=[parts], checked=[record | {"accepted_unknown": True, "held_back_seen": 0}]))
+    assert "nothing shows what the generator" in note
+
+
+def test_the_seed_chooses_among_the_synthetic_tiles(tiles, tmp_path, caught):
+    """Half as many synthetic tiles as there are: another seed learns from others."""
+    for seed in (0, 1):
+        run(tiles, tmp_path / str(seed), "--seeds", 1, "--seed", seed, "--experiments", "S2", "--ratio", 0.5)
+    one, two = (call["train"].images_u8[44:50].numpy().tobytes() for call in caught)
+    assert one != two

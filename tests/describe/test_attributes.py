@@ -326,3 +326,21 @@ def test_segment_is_deterministic():
     measure(disc(128, 5))
     assert (segment(image).mask == first.mask).all()
     assert segment(image).score == first.score
+
+
+@pytest.mark.parametrize(("column", "name", "low", "high"), [
+    ("tbp_lv_symm_2axis", "symmetry", "symmetric", "asymmetric"), ("tbp_lv_eccentricity", "shape", "round", "oval"),
+    ("tbp_lv_norm_border", "border", "smooth", "irregular"), ("tbp_lv_area_perim_ratio", "shape", "round", "irregular")])
+def test_metadata_points_the_right_way(column, name, low, high):
+    """The lowest value of a column is the quiet word, the highest the other; a jagged outline is irregular whatever its axes."""
+    quantiles = {column: np.linspace(0, 1, 101).tolist(), "tbp_lv_eccentricity": np.linspace(0, 1, 101).tolist()}
+    for value, word in ((0.0, low), (1.0, high)):
+        assert from_metadata({"tbp_lv_eccentricity": 0.0, column: value}, quantiles)[0][name] == word
+
+
+def test_a_lesion_that_the_edge_cuts_has_no_sure_diameter():
+    """The same disc in the middle and half out of the tile: its size is trusted less than its colours."""
+    whole, cut = measure(disc(128, 6)), measure(np.roll(disc(128, 6), 62, axis=1)[:, :128])
+    assert whole["confidence"]["diameter_mm"] == pytest.approx(whole["confidence"]["mask"])
+    if "diameter_mm" in cut:
+        assert cut["confidence"]["diameter_mm"] < 0.8 * cut["confidence"]["mask"]

@@ -81,3 +81,14 @@ def test_bad_input_is_named():
         sd.draw([PROMPT] * 2, [1])
     with pytest.raises(ValueError, match="no sampler 'euler'"):
         sd.draw(PROMPT, sampler="euler")
+
+
+def test_every_setting_reaches_the_picture():
+    """Negative prompt, guidance, sampler and fresh noise change the picture; what is the default does not."""
+    sd = lesion.load()
+    plain = pixels(sd.draw(PROMPT, [3], steps=3))
+    drawn = [pixels(sd.draw(PROMPT, [3], steps=3, **more)) for more in (
+        {"negative_prompt": "hair"}, {"guidance_scale": 5.0}, {"sampler": "ddpm"}, {"sampler": "dpmpp"}, {"eta": 1.0})]
+    assert all((one != plain).any() for one in drawn)
+    assert len({one.tobytes() for one in drawn}) == 5
+    assert (pixels(sd.draw(PROMPT, [3], steps=3, guidance_scale=folders.recipe_for(sd.base)["guidance_scale"])) == plain).all()

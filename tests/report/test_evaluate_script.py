@@ -196,3 +196,106 @@ def test_arms_of_other_tests_do_not_mix(tmp_path):
     with pytest.raises(ValueError, match="S2/seed0 was tested on other tiles than A1/seed0"):
         evaluate.main(["--classify", str(tmp_path), "--out", str(tmp_path / "report")])
     assert not (tmp_path / "report").exists()
+
+
+@pytest.fixture
+def three(tmp_path):
+    """(folder, runs, results) of four arms whose numbers differ everywhere."""
+    write_run(tmp_path, {"A1": 0.0, "W1": 0.2, "S2": 0.5, "S2w": 0.1, "O1": 0.3}, shift={"S2": 0.7, "W1": -0.4})
+    runs = predictions.read_runs(tmp_path)
+    return tmp_path, runs, results_of(tmp_path)
+
+
+def test_every_cell_stands_under_its_header(three):
+    """Raw p and Holm's, McNemar's counts, counts at both thresholds, subgroups: each column holds what its header says."""
+    _, runs, results = three
+    by_pair = {(f"{row['first']} → {row['second']}", classification.classification.METRICS[name].title): row["metrics"][name]
+               for row in results["contrasts"] for name in classification.classification.SHOWN["differences"]}
+    for pair, title, difference, p, holm, word in classification._contrast_table(results)["rows"]:
+        cell = by_pair[pair, title.removesuffix(" (primary)")]
+        assert [difference, p, holm, word] == [page.difference(cell), page.p_value(cell["p"]), page.p_value(cell["p_holm"]), cell["verdict"]]
+    assert any(cell["p"] != cell["p_holm"] for cell in by_pair.values())
+    table = classification._mcnemar_table(results)
+    assert table["header"][3:7] == ["both", "first only", "second only", "neither"]
+    cell = results["contrasts"][0]["mcnemar"]["50"]["malignant"]
+    assert cell["first_only"] != cell["second_only"]
+    assert table["rows"][0][1:7] == ["malignant", "0.5", *(str(cell[key]) for key in ("both", "first_only", "second_only", "neither"))]
+    table = classification._more_table(results)
+    rows, place = {row[0]: row[1:] for row in table["rows"]}, table["header"].index("S2") - 1
+    for title, key in (("counts at 0.5", "50"), ("counts at the chosen threshold", "chosen")):
+        count = results["arms"]["S2"]["confusion"][key]
+        line = rows[f"{title}: found, missed; false alarms, let pass"]
+        assert line[place] == "{:.1f}, {:.1f}; {:.1f}, {:.1f}".format(*(count[name] for name in ("tp", "fn", "fp", "tn")))
+    assert results["arms"]["S2"]["confusion"]["50"] != results["arms"]["S2"]["confusion"]["chosen"]
+    results["subgroups"] = comparison.subgroups(runs, {"site": np.repeat(["arm", "leg"], 120)})
+    table = classification._subgroup_table(results)
+    for row, found in zip(table["rows"], results["subgroups"], strict=True):
+        for header, text in list(zip(table["header"], row))[4:]:
+            kind, arm = header.split()
+            assert text == page.interval(found["arms"][arm][kind], digits=2)
+
+
+def test_the_headline_has_the_corrected_p(three):
+    """Without O1 the contrast is exploratory: the p in the sentence is Holm's, as it says."""
+    _, _, results = three
+    results["contrasts"] = [row for row in results["contrasts"] if row["first"] != "O1"]
+    cell = results["contrasts"][0]["metrics"]["auroc"]
+    cell |= {"verdict": comparison.SUPPORTED, "p": 0.011, "p_holm": 0.033}
+    assert "corrected p .033)" in classification.finding(results)
+
+
+def test_fewer_found_is_said_as_such(tmp_path):
+    """Scores lowered without another ranking: fewer malignant tiles found and fewer benign ones called malignant."""
+    write_run(tmp_path, {"O1": 0.0, "S2": 0.0}, shift={"S2": -1.5})
+    text = " ".join(classification.remarks(results_of(tmp_path)))
+    assert "S2 finds fewer malignant tiles than O1 at 0.5" in text
+    assert "calls fewer benign tiles malignant" in text
+    assert "not a worse classifier" in text
+
+
+def test_the_setting_counts_the_right_tiles(three):
+    """DS1, what is added, and validation: eight different numbers, each in its place."""
+    counts = {"train": {"benign": 1001, "malignant": 202}, "val": {"benign": 303, "malignant": 44}, "test": {"benign": 505, "malignant": 66},
+              "added": 77}
+    args = {"counts": [counts], "arch": "resnet18", "weights": "none", "image_size": 64, "epochs": 4, "batch_size": 32, "lr": 1e-3,
+            "augmentation": "traditional"}
+    text = classification.setting(three[2], args)
+    assert "DS1 holds 1,001 benign and 202 malignant tiles, DS2 and O1 77 malignant ones more; 303 benign and 44 malignant" in text
+
+
+def test_few_seeds_of_any_arm_are_a_limit(tmp_path):
+    """Three seeds of one arm and five of another: said, by the fewest."""
+    write_run(tmp_path, {"O1": 0.0}, seeds=5)
+    write_run(tmp_path, {"S2": 0.0}, seeds=3)
+    assert "3 training seeds (5 are the protocol's least" in " ".join(classification.limits(results_of(tmp_path)))
+
+
+def test_the_figures_show_the_arms_numbers(three):
+    """Confusion at the chosen threshold, each row a true class; curves of the arm that is named, in the panel that is named; chance
+    at the prevalence; calibration's x is the score and y what was observed; the forest's lines are the intervals."""
+    folder, runs, results = three
+    _, results, figures = classification.build(folder, None)
+    count = results["arms"]["S2"]["confusion"]["chosen"]
+    axis = next(axis for axis in figures["confusion"].axes if axis.get_title() == "S2")
+    shown = {text.get_position(): text.get_text() for text in axis.texts}
+    assert shown[0, 0].endswith(f"\n{count['tp'] / (count['tp'] + count['fn']):.0%}")
+    assert shown[1, 0].endswith(f"\n{count['fn'] / (count['tp'] + count['fn']):.0%}")
+    assert shown[0, 1].endswith(f"\n{count['fp'] / (count['fp'] + count['tn']):.0%}")
+    axes = {axis.get_title(): number for number, axis in enumerate(figures["curves"].axes)}
+    upper = figures["curves"].axes[axes["O1 and S2"]]
+    lower = figures["curves"].axes[axes["O1 and S2"] + 3]
+    for arm in ("O1", "S2"):
+        bands = comparison.curve_bands(runs[arm])
+        for axis, kind in ((upper, "roc"), (lower, "pr")):
+            line = next(line for line in axis.lines if line.get_label() == arm)
+            assert np.allclose(line.get_ydata(), bands[kind][1])
+    assert any(np.allclose(line.get_ydata(), results["prevalence"]) for line in lower.lines if line.get_linestyle() == ":")
+    axis = next(axis for axis in figures["calibration"].axes if axis.get_title() == "S2")
+    points = [(line.get_xdata()[0], line.get_ydata()[0], line.get_markerfacecolor()) for line in axis.lines if line.get_marker() == "o"]
+    for (x, y, colour), row in zip(points, results["calibration"]["S2"], strict=True):
+        assert x == pytest.approx(row["mean_score"])
+        assert (colour == "white") == (row["malignant"] == 0)
+        assert row["malignant"] == 0 or y == pytest.approx(row["observed"])
+    axis = figures["contrasts"].axes[0]
+    spans = [tuple(line.get_xdata()) for line in axis.lines if len(line.get_xdata()) == 2 and line.get_linestyle() == "-"]
+    assert spans == [(row["metrics"]["auroc"]["low"], row["metrics"]["auroc"]["high"]) for row in results["contrasts"]]

@@ -96,3 +96,9 @@ def test_learning_shows_whole_intervals():
     chart = plots_pictures.learning([run | {"copies": [(10, 0.01, 0.0, 0.02)]}, run | {"copies": [(10, 0.1, 0.0, 0.4)]}])
     assert chart.axes[-1].get_ylim()[0] == 0
     assert chart.axes[-1].get_ylim()[1] >= 0.4
+
+
+def test_steps_show_the_first_and_the_last_frame():
+    """Six of 25 frames, evenly spaced, noise first and the picture last."""
+    frames = np.repeat(np.arange(25, dtype=np.uint8), 8 * 8 * 3).reshape(25, 8, 8, 3)
+    assert [axis.images[0].get_array()[0, 0, 0] for axis in plots_pictures.steps(frames).axes] == [0, 5, 10, 14, 19, 24]

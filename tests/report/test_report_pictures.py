@@ -1,5 +1,6 @@
 """The pictures section through evaluate.py: complete, honest in words, one line for bad input, copies dropped."""
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import picture_tiles
@@ -7,6 +8,7 @@ import pytest
 
 from lesion.report import pictures
 from lesion.run import files
+from lesion.stats import memorisation
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +112,55 @@ def test_the_finding_says_no_more_than_the_numbers():
     assert text.count("copies") == 1
     assert "Held-out real tiles against the same training tiles: AUC 0.50" in text
     assert "copies" not in "".join(pictures.findings(results | {"copies": None}))
+
+
+def test_every_cell_stands_under_its_header():
+    """Fidelity and copies: numbers that all differ, each in the column that names it."""
+    def test(auc):
+        return {"auc": auc, "low": auc - 0.05, "high": auc + 0.05, "p": 0.01}
+    one = {"name": "a", "n": 50, "kid": 0.5, "kid_se": 0.011, "fid": 12.0, "density": 0.81, "coverage": 0.62, "expected_coverage": 0.93,
+           "distance": 3.0, "vendi": 17.0, "against_real": test(0.71), "against_other": test(0.98)}
+    floor = {"n": 20, "distance": 4.0, "vendi": 19.0, "kid": 0.1, "kid_sd": 0.022, "fid": 9.0, "fid_sd": 1.1}
+    table, = pictures._fidelity({"floor": floor, "sets": [one], "real": 40}, "malignant")
+    cells = dict(zip(table["header"], table["rows"][0]))
+    assert [cells[name] for name in ("density", "coverage [one distribution]", "diversity", "Vendi at n = 20")] == [
+        "0.81", "0.62 [0.93]", "0.75", "17.0"]
+    assert cells["AUC against real"].startswith("0.71")
+    assert cells["AUC against the other class"].startswith("0.98")
+    assert dict(zip(table["header"], table["rows"][1]))["KID ± s.e."] == "0.100 ± 0.022 (s.d.)"
+    found = {"name": "a", "n": 50, "copies": 9, "mean": 0.18, "low": 0.1, "high": 0.3, "by_pixels": 7, "by_features": 4, "median": 0.6,
+             "held_out": 12, "three_sample": {"z": -1.5, "p": 0.067, "c_t": -2.5, "c_t_p": 0.006}}
+    table, _ = pictures._copies({"sets": [found], "limits": {"pixels": 0.31, "features": 0.42}, "training": 100, "calibration": 202,
+                                 "features": "scattering"})
+    assert table["header"][4:6] == ["by pixels", "by features"]
+    assert table["rows"][0][4:6] == ["7", "4"]
+    assert table["rows"][0][7:] == ["−1.5", ".067", "−2.5", ".006"]
+    assert "under 0.31 by pixels or 0.42 by features" in table["caption"]
+    assert pictures._tone([12, 36], 0) == "12 (25%)"
+
+
+def test_the_nearest_pairs_come_first_in_one_view():
+    """Worst pairs: the relatively nearest first, the synthetic tile turned to the view in which its training tile shows."""
+    rng = np.random.default_rng(0)
+    training = rng.integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
+    images = np.stack([rng.integers(0, 256, (16, 16, 3), dtype=np.uint8), np.rot90(training[2], 1)])
+    near = memorisation.nearest_pixels(images, memorisation.pixel_vectors(training))
+    part = SimpleNamespace(images=images, rows=[{"file_name": "far.png"}, {"file_name": "copy.png"}])
+    ours, theirs, captions, copies = pictures._worst(part, SimpleNamespace(images=training),
+                                                     SimpleNamespace(pixels=near, is_copy=np.array([False, True])))
+    assert captions[0].startswith("copy ")
+    assert copies.tolist() == [True, False]
+    assert np.array_equal(ours[0], theirs[0])
+
+
+def test_maps_are_of_the_sets_they_name():
+    """Each cloud of a map has its own tiles' number and place, under the AUC against the kind of tiles that is drawn."""
+    rng = np.random.default_rng(1)
+    real, other, made = (SimpleNamespace(name=name, features=rng.normal(at, 0.1, (count, 4))) for name, at, count in (
+        ("real malignant", 0, 12), ("real, other class", 5, 15), ("made", 9, 20)))
+    row = {f"against_{kind}": {"auc": auc, "low": auc, "high": auc, "p": 0.1} for kind, auc in (("real", 0.61), ("other", 0.97))}
+    found = pictures._maps(SimpleNamespace(real=real, other=other, synthetic=[made]), {"sets": [row]}, None)
+    for stem, auc, count in (("tsne-real", "0.61", 12), ("tsne-other", "0.97", 15)):
+        axis = found[stem].axes[0]
+        assert auc in axis.get_title()
+        assert [len(cloud.get_offsets()) for cloud in axis.collections] == [count, 20]

@@ -137,3 +137,36 @@ def test_the_command_reports_a_study(sets, tmp_path, run_script):
     assert (bad.returncode, bad.stderr.count("\n")) == (2, 1)
     assert "is not a study" in bad.stderr
     assert not (tmp_path / "none").exists()
+
+
+def test_every_column_holds_its_own_figure(sets, tmp_path):
+    """Each reader's and the pooled figures stand under their names; the picture's bars are the rates' own intervals."""
+    read_study(tmp_path / "s", sets, 5, 1.0)
+    blocks, results, figures = report_readers.build(tmp_path / "s")
+    table = cells(blocks, "Each reader")
+    for row in results["readers"]:
+        line = table[row["reader"]]
+        assert line[0].endswith(f", {report_readers._share(row['real_rate'], row['real_low'], row['real_high'])}")
+        assert line[1].endswith(f", {report_readers._share(row['synthetic_rate'], row['synthetic_low'], row['synthetic_high'])}")
+        assert line[2] == report_readers._share(row["correct_rate"], row["correct_low"], row["correct_high"])
+        assert line[3:5] == [page.p_value(row["p"]), page.p_value(row["p_holm"])]
+        assert line[7] == page.interval({"mean": row["area"], "low": row["area_low"], "high": row["area_high"]}, digits=2)
+    assert any(row["p"] != row["p_holm"] for row in results["readers"])
+    table = cells(blocks, "All readers")
+    for name, text in (("real_rate", "real tiles right"), ("synthetic_rate", "synthetic tiles right"), ("correct", "right, mean of both")):
+        row = results["pooled"][name]
+        assert table[text] == [report_readers._share(row["estimate"], row["low"], row["high"]), page.number(row["df"], 1),
+                               page.number(row["reader_sd"], 2)]
+    assert table["d' within ±0.5 (TOST)"][0] == f"p = {page.p_value(results['equivalence']['p'])}"
+    for kind, container in zip(("real", "synthetic"), figures["readers"].axes[0].containers):
+        spans = [sorted(segment[:, 0]) for segment in container.lines[2][0].get_segments()]
+        assert np.allclose(spans[:5], [[100 * row[f"{kind}_low"], 100 * row[f"{kind}_high"]] for row in results["readers"]])
+
+
+def test_the_difference_is_real_minus_synthetic():
+    """80 % of real and 30 % of synthetic tiles called malignant: +50 %, a reader and all."""
+    pooled = {"real": {"estimate": 0.8, "low": 0.7, "high": 0.9}, "synthetic": {"estimate": 0.3, "low": 0.2, "high": 0.4},
+              "difference": {"estimate": 0.5, "low": 0.4, "high": 0.6}}
+    table = report_readers._malignancy({"malignancy": pooled | {"readers": [{"reader": "a", "real": 0.8, "synthetic": 0.3}]}})
+    assert table["rows"][0] == ["a", "80%", "30%", "+50%"]
+    assert [cell.split(" ")[0] for cell in table["rows"][1]] == ["mean", "80%", "30%", "+50%"]

@@ -1,4 +1,6 @@
 """What is compared with what: sets, leaks, planted copies found and dropped, learning curves."""
+from types import SimpleNamespace
+
 import numpy as np
 import picture_tiles
 import pytest
@@ -6,6 +8,7 @@ import pytest
 from lesion.classify import network
 from lesion.report import sets
 from lesion.run import files
+from lesion.stats import fidelity, memorisation
 
 
 @pytest.fixture(scope="module")
@@ -186,3 +189,71 @@ def test_learning_curves_find_the_checkpoint_of_each_set(material, tmp_path):
         sets.judge_training([run], material, None)
     with pytest.raises(ValueError, match="not a run folder"):
         sets.judge_training([tmp_path], material, None)
+
+
+def test_every_figure_is_of_its_own_sets(material):
+    """Each figure, recomputed from the features that it is of: patients kept together, real before synthetic, at the n of the floor."""
+    results = sets.judge_fidelity(material)
+    part, real, other, n = material.synthetic[0], material.real, material.other, results["floor"]["n"]
+    row = results["sets"][0]
+    centre, spread = real.features.mean(0), real.features.std(0)
+    assert len(set(real.patients())) < len(real.rows)
+    assert (row["kid"], row["kid_se"]) == fidelity.kid(real.features, part.features, real.patients())
+    assert row["kid_se"] != fidelity.kid(real.features, part.features)[1]
+    assert row["against_real"] == vars(fidelity.two_sample(real.features, part.features, real.patients()))
+    assert row["against_other"] == vars(fidelity.two_sample(other.features, part.features, other.patients()))
+    assert (row["density"], row["coverage"]) == fidelity.density_coverage(real.features, part.features)
+    assert row["expected_coverage"] == fidelity.expected_coverage(40, 25)
+    assert row["fid"] == fidelity.at_n(fidelity.fid, real.features, part.features, n)
+    assert row["vendi"] == fidelity.vendi(sets._some(part.features, n), centre, spread)
+    assert results["floor"]["vendi"] == fidelity.vendi(sets._some(real.features, n), centre, spread)
+    assert results["floor"]["distance"] == fidelity.mean_distance(real.features)[0]
+
+
+def test_each_measure_of_copies_has_its_own_limit(material):
+    """Limits and counts by pixels and by features are not exchanged."""
+    results, found = sets.judge_copies(material)
+    row, copies = results["sets"][1], found["copied"]
+    limits = results["limits"]
+    assert row["by_pixels"] == (copies.pixels.relative < limits["pixels"]).sum()
+    assert row["by_features"] == (copies.features.relative < limits["features"]).sum()
+    assert abs(limits["pixels"] - limits["features"]) > 0.01
+    assert row["median"] == np.median(copies.pixels.relative)
+
+
+def test_attributes_are_each_sets_own(material, monkeypatch):
+    """What a set shows is counted from its own tiles, and its wishes are compared with its own measures."""
+    asked = []
+    monkeypatch.setattr(sets.adherence, "adherence", lambda name, rows, measured: asked.append((rows, measured)) or {})
+    part = material.synthetic[0]
+    monkeypatch.setattr(part, "rows", [row | {"attributes": {"size": "under 3 mm"}} for row in part.rows])
+    counts = sets.judge_attributes(material)["counts"]
+    measured = sets.attributes.measure_all(list(part.images))
+    assert counts[part.name] == sets._counts([sets.attributes.to_attributes(one)[0] for one in measured])
+    assert counts[part.name] != counts[material.real.name]
+    assert all(rows is part.rows and values == measured for rows, values in asked)
+
+
+def test_a_classifier_of_synthetic_tiles_is_passed_over(world, tmp_path):
+    """Where only S2 kept its weights the sets are compared by scattering: no error, no judge that knows synthetic tiles."""
+    place = tmp_path / "S2" / "seed0"
+    place.mkdir(parents=True)
+    network.save(place / "model.safetensors", network.build("resnet18", "none", 0), "resnet18", 64)
+    assert sets._baseline(tmp_path) is None
+
+
+def test_what_each_measure_finds_is_counted_apart(material, monkeypatch):
+    """Three tiles nearer by pixels, one other by features: 3, 1 and 4 copies. The three-sample test knows the class's own training
+    tiles only."""
+    rng, seen, nearest = np.random.default_rng(0), [], memorisation.nearest
+
+    def search(part, *_):
+        relative = rng.uniform(0.5, 1, (2, len(part.rows)))
+        if part is material.synthetic[1]:
+            relative[0, :3] = relative[1, 5] = 0
+        return tuple(SimpleNamespace(relative=one) for one in relative)
+    monkeypatch.setattr(sets, "_search", search)
+    monkeypatch.setattr(memorisation, "nearest", lambda queries, training: seen.append(len(training)) or nearest(queries, training))
+    row = sets.judge_copies(material)[0]["sets"][1]
+    assert [row[key] for key in ("by_pixels", "by_features", "copies")] == [3, 1, 4]
+    assert set(seen) == {len(material.real.rows)}

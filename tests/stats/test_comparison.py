@@ -388,3 +388,46 @@ def test_few_malignant_tiles_in_a_fold_give_no_interval():
     assert cell["verdict"] == comparison.TOO_FEW
     assert cell["low"] is None
     assert cell["difference"] is not None
+
+
+def test_counts_and_decisions_at_both_thresholds_by_hand():
+    """At 0.5 and at each seed's own threshold (.15, .07): confusion counts are means over seeds; McNemar decides by the mean score at
+    the mean threshold; the threshold that is told is the seeds' mean."""
+    labels = np.array([1, 1, 1, 0, 0, 0])
+    one = {0: make(labels, np.array([.7, .5, .3, .1, .1, .6]), threshold=.15), 1: make(labels, np.array([.5, .7, .1, .1, .1, .6]), threshold=.07)}
+    two = {k: make(labels, np.array([.6, .2, .6, .1, .6, .1]), threshold=.15) for k in range(2)}
+    found = comparison.analyse({"A1": one, "S2": two}, CONTRASTS, resamples=50)
+    assert found["arms"]["A1"]["confusion"] == {"50": {"tp": 2, "fn": 1, "fp": 1, "tn": 2}, "chosen": {"tp": 3, "fn": 0, "fp": 2, "tn": 1}}
+    assert found["arms"]["A1"]["threshold"] == pytest.approx(0.11)
+    table = found["contrasts"][0]["mcnemar"]["chosen"]
+    assert table["malignant"] == {"both": 3, "first_only": 0, "second_only": 0, "neither": 0, "p": 1.0}
+    assert [table["benign"][key] for key in ("both", "first_only", "second_only")] == [1, 1, 1]
+
+
+def test_each_metric_is_over_the_patients_of_its_class():
+    """60 patients with malignant and 11 with benign tiles: specificity has 10 degrees of freedom, recall 59; AUROC needs both."""
+    labels = (np.arange(170) < 60).astype(int)
+    patients = np.where(labels == 1, np.arange(170), 1000 + np.arange(170) % 11)
+    scores = np.random.default_rng(0).random(170) * 0.5 + 0.4 * labels
+    test = comparison._Test(make(labels, scores, patients), 50, 0)
+    assert [test.units(classification.METRICS[name]) for name in ("recall_50", "specificity_50", "auroc")] == [60, 11, 60]
+    assert test.fewest == [60, 11]
+    few = comparison._Test(make(labels, scores, np.where(labels == 1, np.arange(170), 1000 + np.arange(170) % 9)), 50, 0)
+    assert not few.judges(classification.METRICS["auroc"], 1)
+
+
+def test_bands_are_critical_standard_errors_wide():
+    """One run: the band of each curve reaches t (59 degrees of freedom) standard errors of its bootstrap to each side; precision is
+    the best of the thresholds that attain the recall."""
+    run = simulate(0.5, seeds=1)["S2"][0]
+    grid, middle, low, high = comparison.curve_bands({0: run}, resamples=200, points=11)["roc"]
+    drawn = comparison._roc_on(run, comparison._Test(run, 200, 0).weights, grid)
+    half = stats.t.ppf(0.975, 59) * drawn.std(0, ddof=1) * np.sqrt(60 / 59)
+    inside = (middle - half > 0) & (middle + half < 1) & (half > 0)
+    assert inside.sum() > 2
+    assert high[inside] - middle[inside] == pytest.approx(half[inside])
+    assert middle[inside] - low[inside] == pytest.approx(half[inside])
+    grid, precision, *_ = comparison.curve_bands({0: run}, resamples=20, points=11)["pr"]
+    called = run.scores >= np.unique(run.scores)[:, None]
+    recall, value = (called & (run.labels == 1)).sum(1) / 60, (called & (run.labels == 1)).sum(1) / called.sum(1)
+    assert precision == pytest.approx([value[recall >= at - 1e-12].max() for at in grid])

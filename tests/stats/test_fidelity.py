@@ -238,3 +238,16 @@ def test_bad_features_are_named(sets, said):
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="5-th neighbour"):
         fidelity.density_coverage(np.ones((5, 3)), np.ones((5, 3)))
+
+
+def test_the_floor_is_of_disjoint_samples_and_has_their_deviation():
+    """Two samples share no tile; what stands beside the mean is the deviation of the values, not the error of their mean."""
+    values = []
+
+    def statistic(x, y):
+        assert len(x) == len(y) == 40
+        assert not set(x[:, 0]) & set(y[:, 0])
+        values.append(float(x.mean() - y.mean()))
+        return values[-1]
+    found = fidelity.real_vs_real(statistic, np.random.default_rng(0).normal(size=(100, 3)), 40)
+    assert found == (pytest.approx(np.mean(values)), pytest.approx(np.std(values, ddof=1)))

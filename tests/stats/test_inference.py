@@ -364,3 +364,22 @@ def test_auroc_within_folds():
     assert runs == pytest.approx(own[0] / 3 + own[1] * 2 / 3)
     found = inference.delong_test(labels, scores, scores[:, ::-1], folds=folds)
     assert found["difference"] == pytest.approx(found["per_run"].mean())
+
+
+def test_a_paired_test_has_the_whole_covariance_and_its_own_degrees_of_freedom():
+    """Patients with tiles of both classes: se^2 is c' C c of `delong`'s covariance, the crossed term included; with one run the
+    degrees of freedom are those of the malignant part (carriers - 1) and the benign part."""
+    rng = np.random.default_rng(3)
+    patients = np.concatenate([np.repeat(np.arange(15), 6), 100 + np.arange(200)])
+    labels = np.concatenate([np.tile([1, 1, 0, 0, 0, 0], 15), np.zeros(200, int)])
+    effect = rng.normal(size=400)[patients]
+    one, two = (labels + effect * weight + rng.normal(size=290) for weight in (1.0, 2.0))
+    found = inference.delong_test(labels, one, two, patients)
+    _, covariance = inference.delong(labels, np.stack([one, two]), patients)
+    contrast = np.array([-1.0, 1.0])
+    assert found["se"] ** 2 == pytest.approx(contrast @ covariance @ contrast)
+    _, malignant, benign, crossed, counts = inference._delong(labels, np.stack([one, two]), patients)
+    assert abs(contrast @ crossed @ contrast) > 0.03 * found["se"] ** 2
+    assert counts == (15, 215)
+    parts = [contrast @ part @ contrast for part in (malignant, benign)]
+    assert found["df"] == pytest.approx(sum(parts) ** 2 / (parts[0] ** 2 / 14 + parts[1] ** 2 / 214))

@@ -243,3 +243,26 @@ def test_bad_input_is_one_line(call, said):
     with pytest.raises(ValueError, match=said) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def test_cells_weigh_by_their_held_out_tiles():
+    """30 and 90 held-out tiles in two cells with 60 and 20 synthetic ones: c_t is a quarter and three quarters of the cells' z."""
+    rng = np.random.default_rng(7)
+    result = memorisation.three_sample(rng.random(80), rng.random(120) + 0.2, np.repeat([0, 1], [60, 20]), np.repeat([0, 1], [30, 90]))
+    z = [row["z"] for row in result.cells]
+    assert result.c_t == pytest.approx(0.25 * z[0] + 0.75 * z[1])
+    assert result.c_t_p == pytest.approx(stats.norm.cdf(result.c_t / np.sqrt(0.25 ** 2 + 0.75 ** 2)))
+
+
+def test_cells_come_again():
+    """The same tiles fall into the same cells in every call: the report's numbers can be computed again."""
+    vectors = np.random.default_rng(8).normal(size=(300, 5))
+    first = memorisation.cells(vectors, vectors)[0]
+    assert all((memorisation.cells(vectors, vectors)[0] == first).all() for _ in range(4))
+
+
+def test_a_nearly_flat_tile_is_not_blown_up():
+    """Under one grey level of contrast a tile's vector is as long as its contrast, not 1: noise alone makes no unit vector."""
+    image = np.full((1, 16, 16, 3), 120, np.uint8)
+    image[0, ::2, :, 0] = 121  # deviation of half a level in one channel of three
+    assert np.linalg.norm(memorisation.pixel_vectors(image)) == pytest.approx(0.5 / np.sqrt(3), rel=1e-5)

@@ -357,3 +357,54 @@ def test_malignancy_is_compared_between_classes():
     assert [(row["real"], row["synthetic"]) for row in found["readers"]] == [(0.75, 0.5)] * 5
     assert np.isclose(found["difference"]["estimate"], 0.25)
     assert found["difference"]["low"] < 0.25 < found["difference"]["high"]
+
+
+def test_a_row_is_the_readers_own():
+    """ROC area of real above synthetic, d' +- 1.96 standard errors, the median of seconds that one long look does not move."""
+    ratings, is_real = simulate(np.random.default_rng(13), 5, 20, 1.0)
+    seconds = np.full(ratings.shape, 3.0)
+    seconds[:, 0] = 900.0
+    for row, given in zip(reader_study.analyse(list("abcde"), ratings, is_real, seconds=seconds)["readers"], ratings):
+        assert row["area"] == pytest.approx(roc_auc_score(is_real, given))
+        half = 1.959964 * reader_study.sensitivity_se(row["hits"], 20, row["false_alarms"], 20)
+        assert (row["d_prime_low"], row["d_prime_high"]) == (pytest.approx(row["d_prime"] - half), pytest.approx(row["d_prime"] + half))
+        assert row["seconds"] == 3.0
+
+
+@pytest.mark.parametrize(("criterion", "habit"), [(1.0, "synthetic"), (-1.0, "real")])
+def test_the_habit_is_named(criterion, habit):
+    """Evidence that must be strong to be called real: the habit is to say synthetic; and the reverse."""
+    ratings, is_real = simulate(np.random.default_rng(14), 6, 40, 0.5, criterion)
+    assert f"The habit was to say {habit} " in reader_study.analyse(list("abcdef"), ratings, is_real)["verdict"]
+
+
+def test_readers_who_are_wrong_do_not_beat_guessing():
+    """Far from guessing on the wrong side: none of five beats it."""
+    ratings, is_real = simulate(np.random.default_rng(15), 5, 20, -2.0)
+    results = reader_study.analyse(list("abcde"), ratings, is_real)
+    assert sum(row["p_holm"] < 0.05 for row in results["readers"]) > 2
+    assert "0 of 5 beat guessing" in results["verdict"]
+
+
+def test_the_margin_asked_for_is_the_margin_tested():
+    """p and power of a study's equivalence are those of its own margin."""
+    ratings, is_real = simulate(np.random.default_rng(16), 8, 40)
+    results = reader_study.analyse(list("abcdefgh"), ratings, is_real, margin=0.3)
+    d = results["pooled"]["d_prime"]
+    df = np.inf if d["df"] is None else d["df"]
+    assert results["equivalence"] == {"margin": 0.3, "p": tost(d["estimate"], d["se"], df, 0.3),
+                                      "power": reader_study.tost_power(d["se"], df, 0.3)}
+
+
+def test_what_was_not_answered_does_not_count():
+    """A pair agrees on the tiles that both saw, whatever a third left out; the share called malignant is of the tiles asked about;
+    perfect readers are judged on as many tiles as the smaller class has."""
+    ratings, is_real = simulate(np.random.default_rng(17), 5, 20, 0.8)
+    ratings[4, :10] = 0
+    malignant = np.ones_like(ratings)
+    malignant[0, :10], malignant[0, 10:15] = -1, 0
+    results = reader_study.analyse(list("abcde"), ratings, is_real, malignant)
+    assert {(pair["first"], pair["second"]): pair["tiles"] for pair in results["agreement"]["pairs"]}["a", "b"] == 40
+    assert results["malignancy"]["readers"][0]["real"] == 0.5
+    perfect = reader_study.analyse(list("abcde"), np.repeat(np.where(is_real, 6, 1)[None], 5, 0), is_real)["pooled"]["correct"]
+    assert perfect["low"] == pytest.approx(inference.clopper_pearson(20, 20)[0])

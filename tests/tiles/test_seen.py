@@ -49,3 +49,13 @@ def test_a_patient_is_the_same_as_number_and_as_text(tmp_path):
     with pytest.raises(ValueError, match="trained on 1 held-out tiles"):
         seen.check_synthetic(tmp_path, rows, seen.Parts([], [], [{"file_name": "t.jpg", "patient_id": "7"}], False))
     seen.check_synthetic(tmp_path, rows, seen.Parts([], [], [{"file_name": "t.jpg", "patient_id": None}], False))
+
+
+def test_the_lora_that_saw_most_is_recorded(tmp_path):
+    """Of two LoRAs the second saw two of the tiles held back as validation: two are recorded, not the first one's none."""
+    rows = [{"file_name": f"{i}.jpg", "sha256": f"{i:064x}", "patient_id": f"P{i}", "label": "malignant"} for i in range(6)]
+    loras = [{"file": name, "sha256": name * 64, "train_files": some} for name, some in (("a", rows[:2]), ("b", rows[:4]))]
+    files.write_json(tmp_path / "provenance.json", {"loras": loras})
+    parts = seen.Parts(rows[:2], rows[2:4], rows[4:], True)
+    record = seen.check_synthetic(tmp_path, [{"file_name": "x.png", "lora_sha256": ["a" * 64, "b" * 64]}], parts)
+    assert record["held_back_seen"] == 2

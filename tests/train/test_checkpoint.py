@@ -142,3 +142,11 @@ def test_a_run_that_never_learnt_writes_no_lora(tmp_path):
     assert json.loads(json.dumps(state.load_state(tmp_path / STATE)[1]))["step"] == 10
     save_checkpoint(tmp_path, RECIPE, RECORD, networks, optimizer, scaler, Progress(20, 19, 19))
     assert (tmp_path / "lora.safetensors").exists()
+
+
+def test_metadata_tells_each_networks_rate_and_the_step():
+    """kohya's fields: the U-Net's rate, the text encoder's, and the steps that this file has had."""
+    from lesion.train.checkpoint import lora_metadata
+    recipe = SimpleNamespace(**{**vars(RECIPE), "rates": lambda: {"unet": 1e-2, "text_encoder": 5e-3}})
+    found = lora_metadata(recipe, RECORD, 12)
+    assert [found[f"ss_{name}"] for name in ("learning_rate", "unet_lr", "text_encoder_lr", "steps")] == ["0.01", "0.01", "0.005", "12"]

@@ -168,3 +168,49 @@ def test_tiles_without_text_are_refused(tiny, data, tmp_path, train_lora, split)
     )
     with pytest.raises(ValueError, match="1 tiles have no text, first b.png"):
         train_lora.main(flags(tiny, data, tmp_path / "run"))
+
+
+def test_phase_2_starts_from_its_own_phase_1(tmp_path, monkeypatch):
+    """Same base, data, colour normalisation, rank and targets, of the same class; anything else is not a start."""
+    monkeypatch.chdir(tmp_path)
+    known = {"base_sha256": "b", "data_sha256": "d", "color_norm": "none", "rank": 4, "lora_targets": "all"}
+    for folder, args in (("malignant-phase1", known), ("benign-phase1", known)):
+        files.write_bytes(tmp_path / "runs" / folder / "lora.safetensors", b"x")
+        files.write_json(tmp_path / "runs" / folder / "args.json", args)
+    recipe = SimpleNamespace(init_lora=None, phase=2, label="malignant")
+    assert setup._starting_lora(recipe, known) == Path("runs/malignant-phase1/lora.safetensors")
+    for key in known:
+        assert setup._starting_lora(recipe, known | {key: "other"}) is None, key
+    (tmp_path / "runs" / "malignant-phase1" / "lora.safetensors").unlink()
+    assert setup._starting_lora(recipe, known) is None
+
+
+def test_held_out_patients_are_rounded():
+    """.35 of five patients are two, not one."""
+    rows = [{"file_name": f"{i}.jpg", "patient_id": f"P{i // 2}"} for i in range(10)]
+    assert len(setup.hold_out(rows, 0.35, 0)[1]) == 4
+
+
+def test_samples_have_seeds_of_their_own(tiny, tmp_path, monkeypatch):
+    """Five samples in batches of two: seeds 0 to 4, the empty negative prompt, the base's guidance, the run's size and steps."""
+    calls = []
+    sd = checkpoint.load(tiny / "folder")
+    monkeypatch.setattr(watch.pipeline, "draw", lambda *given, **more: calls.append((given, more)) or torch.zeros(len(given[3]), 4, 8, 8))
+    monkeypatch.setattr(watch.pipeline, "decode", lambda sd, latents: torch.zeros(len(latents), 3, 64, 64))
+    recipe = SimpleNamespace(seed=0, sample_count=5, batch_size=2, base=str(watch.folders.MINI), precision="fp32", resolution=64, sample_steps=7)
+    watch.sampling(recipe, sd, [{"text": "a"}, {"text": "b"}], torch.device("cpu"))(tmp_path / "sheet.png")
+    empty = watch.pipeline.encode_prompts(sd, [""])[0]
+    assert [seed for given, _ in calls for seed in given[3]] == [0, 1, 2, 3, 4]
+    for given, more in calls:
+        assert all(torch.equal(row, empty) for row in given[2])
+        assert not any(torch.equal(row, empty) for row in given[1])
+        assert (given[4], more) == (64, {"steps": 7, "guidance_scale": 2.0})
+
+
+def test_validation_by_quartile(tiny, monkeypatch):
+    """An error that is the timestep's: .125 .375 .625 .875, each under its own quartile."""
+    monkeypatch.setattr(watch, "noise_error", lambda model, latents, noise, timesteps, **texts: timesteps / 1000)
+    held = watch.Tiles(torch.zeros(3, 64, 64, 3, dtype=torch.uint8).numpy(), [{"text": "a"}] * 3, [])
+    recipe = SimpleNamespace(seed=0, phase=1, precision="fp32")
+    found = watch.validation(recipe, checkpoint.load(tiny / "folder"), held, torch.device("cpu"))()
+    assert found == {"val_loss": pytest.approx(0.5), **{f"val_loss_q{q}": pytest.approx(0.25 * q - 0.125) for q in (1, 2, 3, 4)}}

@@ -482,3 +482,59 @@ def test_a_finished_run_is_not_spoilt(tiny, data, tmp_path):
         with pytest.raises(ValueError, match="lora.safetensors is not what was written"):
             train(*more)
     assert not (tmp_path / "p2").exists()
+
+
+def test_flags_reach_the_run(tiny, data, tmp_path):
+    """A constant rate stays, one view is the only one encoded, all layers have a LoRA, every written file is in the layout asked for."""
+    alone = tmp_path / "data"
+    shutil.copytree(data, alone, ignore=shutil.ignore_patterns(".cache"))
+    train("--phase", 1, *flags(tiny, alone, tmp_path / "r", "--steps", 3, "--views", 1, "--lora-targets", "all", "--lora-format", "diffusers"))
+    assert [row["lr"] for row in files.read_jsonl(tmp_path / "r" / "metrics.jsonl") if "loss" in row] == [1e-2] * 3
+    for path in (tmp_path / "r" / "lora.safetensors", tmp_path / "r" / "checkpoints" / "lora-000003.safetensors"):
+        assert all(key.startswith("unet.") for key in load_file(path)), path
+        assert any(".ff.net.2.lora_A" in key for key in load_file(path))
+    (cache,) = (alone / ".cache").glob("latents-*.safetensors")
+    encoded = ~load_file(cache)["mean"][:, :, 0, 0, 0].isnan()
+    assert encoded[:, 0].any()
+    assert not encoded[:, 1:].any()
+
+
+def test_text_encoder_budget_across_resume(tiny, data, tmp_path):
+    """Resumed long after the budget of 2 steps was spent, the text encoder's LoRA still stands still: the run is the uninterrupted one."""
+    recipe = ["--phase", 2, "--init-lora", "none", "--text-encoder-steps", 2]
+    train(*recipe, *flags(tiny, data, tmp_path / "whole"))
+    train(*recipe, *flags(tiny, data, tmp_path / "cut", "--steps", 4))
+    train(*recipe, *flags(tiny, data, tmp_path / "cut"), "--resume")
+    assert digest(tmp_path / "cut" / "lora.safetensors") == digest(tmp_path / "whole" / "lora.safetensors")
+
+
+@pytest.mark.parametrize(("flag", "value", "words"), [
+    ("--seed", 1, "seed was 0, now 1"), ("--batch-size", 3, "batch_size was 2, now 3"), ("--holdout", 0.3, "holdout was 0.0, now 0.3"),
+    ("--min-snr-gamma", 5, "min_snr_gamma was None, now 5.0"), (None, None, "data_sha256 was")])
+def test_what_decides_the_steps_may_not_change(tiny, data, tmp_path, flag, value, words):
+    """Another seed, batch, share held out, weighting or text of a tile: not the same run."""
+    own = tmp_path / "data"
+    shutil.copytree(data, own)
+    train("--phase", 1, *flags(tiny, own, tmp_path / "r", "--steps", 1))
+    if flag is None:
+        rows = files.read_manifest(own)
+        files.write_manifest(own, [rows[0] | {"text": "another text"}, *rows[1:]])
+    with pytest.raises(ValueError, match=words):
+        train("--phase", 1, *flags(tiny, own, tmp_path / "r", "--steps", 2, "--resume", *([flag, value] if flag else [])))
+
+
+def test_the_tile_of_a_bad_loss_is_the_right_one(tiny, data, tmp_path, monkeypatch):
+    """The second sample of step 6 is spoilt: the tile named is the plan's."""
+    from lesion.train.latents import plan
+    from lesion.train.step import posterior_sample
+    calls = []
+
+    def poisoned(*arguments):
+        calls.append(1)
+        latents = posterior_sample(*arguments)
+        latents[1] *= torch.nan if len(calls) == 6 else 1
+        return latents
+    monkeypatch.setattr("lesion.train.step.posterior_sample", poisoned)
+    tile = plan(9, 2, 8, 0)[0][5, 1]
+    with pytest.raises(ValueError, match=rf"tiles \['images/T_{tile:02d}.jpg'\]"):
+        train("--phase", 1, *flags(tiny, data, tmp_path / "r"))
