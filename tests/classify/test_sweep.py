@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from made_runs import write_run
+from PIL import Image
 from tiny_tiles import write_set, write_synthetic
 
 import classify
