@@ -334,7 +334,7 @@ def open_folder(out: Path, provenance: dict) -> None:
     if path.is_file():
         old = files.read_json(path)
         fresh = json.loads(json.dumps(provenance))
-        changed = [key for key in ("base_sha256", "base_settings_sha256", "loras", "settings") if old.get(key) != fresh[key]]
+        changed = [key for key in ("base_sha256", "base_settings_sha256", "loras", "settings") if old.get(key) != fresh.get(key)]
         if changed == ["settings"] and isinstance(old.get("settings"), dict):
             changed = [key for key in old["settings"] | fresh["settings"] if old["settings"].get(key) != fresh["settings"].get(key)]
         if changed:
