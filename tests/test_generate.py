@@ -660,9 +660,11 @@ def test_another_arithmetic_is_another_call(base, tmp_path, flag):
 def test_each_loras_own_record(base, networks, data, tmp_path):
     """Two LoRAs: what each has seen stands beside it; size and class are the last one's; every hash is in the PNG."""
     for number, name in enumerate(("one", "two")):
-        write_lora(tmp_path / name / "lora.safetensors", random_lora(networks, number), resolution=str(64 + 64 * number), label=name, base_sha256="00")
+        write_lora(tmp_path / name / "lora.safetensors", random_lora(networks, number), resolution=str(64 + 64 * number), label=name,
+                   base_sha256="00")
         files.write_json(tmp_path / name / "train_files.json", [{"file_name": f"{name}.jpg", "sha256": "00", "patient_id": None}])
-    generate.main([*map(str, ["--base", base, "--lora", tmp_path / "one/lora.safetensors", tmp_path / "two/lora.safetensors:0.5", "--prompt", "x",
+    generate.main([*map(str, ["--base", base, "--lora", tmp_path / "one/lora.safetensors", tmp_path / "two/lora.safetensors:0.5",
+                             "--prompt", "x",
                               "--out", tmp_path / "out", "--count", 1, "--steps", 1])])
     used = json.loads((tmp_path / "out" / "provenance.json").read_text(encoding="utf-8"))["loras"]
     assert [entry["train_files"][0]["file_name"] for entry in used] == ["one.jpg", "two.jpg"]

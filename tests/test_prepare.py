@@ -595,6 +595,7 @@ def test_four_hundred_thousand_tiles(tmp_path):
 def test_the_leak_and_the_sample_by_hand():
     """A malignant test tile whose patient has a val tile only has leaked too; another seed keeps other benign tiles."""
     from lesion.tiles import split
-    assert split.leaked_positives({"a": "val", "b": "test", "c": "test"}, dict.fromkeys("abc", "malignant"), {"a": "P", "b": "P", "c": "Q"}) == (1, 2)
+    parts, patients = {"a": "val", "b": "test", "c": "test"}, {"a": "P", "b": "P", "c": "Q"}
+    assert split.leaked_positives(parts, dict.fromkeys("abc", "malignant"), patients) == (1, 2)
     parts, labels = {f"{i:02d}": "train" for i in range(40)}, {f"{i:02d}": "benign" for i in range(40)}
     assert split.sample(parts, labels, {"train": 10}, 0) != split.sample(parts, labels, {"train": 10}, 1)

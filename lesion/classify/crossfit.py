@@ -95,7 +95,7 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     rows = files.read_manifest(args.data)
     arms.check_rows(rows)
-    sums.require(args.data, [files.MANIFEST, "dataset.json", *(row["file_name"] for row in rows)])
+    sums.require(args.data, [files.MANIFEST, files.DATASET, *(row["file_name"] for row in rows)])
     for row in rows:
         row["sha256"] = row.get("sha256") or files.sha256_file(args.data / row["file_name"])
     keys = ("file_name", "label", "split", "patient_id", "sha256", "text")

@@ -34,8 +34,13 @@ def write(folder: Path, but: tuple[str, ...] = ()) -> None:
 
 def update(folder: Path, *names: str) -> None:
     """Take over the hashes of files that a later command has rightly changed; nothing where there is no SHA256SUMS."""
+    take_over(folder, {name: files.sha256_file(Path(folder) / name) for name in names})
+
+
+def take_over(folder: Path, hashes: dict[str, str]) -> None:
+    """`update` with hashes {name: SHA-256} that are known: of a file that is about to stand there."""
     if (Path(folder) / NAME).is_file():
-        _write(folder, read(folder) | {name: files.sha256_file(Path(folder) / name) for name in names})
+        _write(folder, read(folder) | hashes)
 
 
 def _write(folder: Path, hashes: dict[str, str]) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from lesion.describe.prompts import VOCABULARY
 from lesion.run import files
+from lesion.run.cells import plain
 from lesion.web import label_folder
-from lesion.web.tables import plain_cell, write_table
+from lesion.web.tables import write_table
 
 COLUMNS = ("file_name", "isic_id", "label", "annotator", *VOCABULARY, "flagged", "comment")
 
@@ -56,7 +57,7 @@ def read_labels_csv(path: Path, rows: list[dict], annotator: str, labels: label_
     events, seen = [], set()
     for line, cells in table:
         where = f"{path}, line {line}"
-        cells = {name.strip(): plain_cell((value or "").strip()) for name, value in cells.items() if isinstance(name, str)}
+        cells = {name.strip(): plain((value or "").strip()) for name, value in cells.items() if isinstance(name, str)}
         if cells.get("annotator", annotator) not in (annotator, ""):
             continue
         row = by_name.get(cells.get("file_name")) or by_id.get(cells.get("isic_id"))

@@ -346,8 +346,7 @@ def _write_manifest(folder, rows):
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     with files.atomic_path(Path(folder) / files.MANIFEST) as temporary:
         temporary.write_bytes(data)
-        if (Path(folder) / sums.NAME).is_file():
-            sums._write(folder, sums.read(folder) | {files.MANIFEST: files.sha256_bytes(data)})
+        sums.take_over(folder, {files.MANIFEST: files.sha256_bytes(data)})
 
 
 def labelled(row: dict, tile: Tile | None, annotator: str) -> dict:

@@ -225,7 +225,8 @@ def test_one_machine_a_fold(data, scripts, capsys):
 def test_the_commands_of_a_fold():
     """Copies are dropped from what was drawn, and the classifiers learn from what is left; seeds, class, number and every further
     flag reach the script that they are for."""
-    plan = crossfit.Plan("data", "sha", "base", 2, (None,), (1.0, 2.0), ("A1", "O1", "S2"), 3, 7, 0.2, True, "--rank 4", "--steps 9", "--lr 1")
+    plan = crossfit.Plan("data", "sha", "base", 2, (None,), (1.0, 2.0), ("A1", "O1", "S2"), 3, 7, 0.2, True, "--rank 4", "--steps 9",
+                         "--lr 1")
     folder = Path("run/fold1/all")
     steps = crossfit.steps_of(plan, crossfit.Place(1, None, folder), 12)
     flags = [{name: value for name, value in zip(command, command[1:]) if name.startswith("--")} for _, command in steps]

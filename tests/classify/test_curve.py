@@ -97,7 +97,8 @@ def test_patients_and_folds_reach_the_tests():
 
 def test_worth_is_read_off_the_curve_of_its_ratio():
     """Another ratio's points are not on the curve; the upper end is that of the interval; it starts from O1 at this size."""
-    points = [point(25.0, 0.7, 0.05, 0.025), point(50.0, 0.9, ratio=2.0), point(50.0, 0.75, 0.05, 0.025), point(100.0, 0.8), point(200.0, 0.9)]
+    points = [point(25.0, 0.7, 0.05, 0.025), point(50.0, 0.9, ratio=2.0), point(50.0, 0.75, 0.05, 0.025), point(100.0, 0.8),
+              point(200.0, 0.9)]
     found = curve.worth(points[0], points)
     assert found["tiles"] == pytest.approx(25)
     assert found["high"] == pytest.approx(25 * 4 ** 0.75 - 25)

@@ -122,7 +122,8 @@ def test_flags_reach_the_training(tiles, tmp_path, caught):
     run(tiles, tmp_path / "run", "--seeds", 1, "--experiments", "W1", "--max-benign", 20, "--lr", 0.007, "--weight-decay", 0.3,
         "--weight-power", 0.5, "--augmentation", "dihedral")
     recipe, train = caught[0]["recipe"], caught[0]["train"]
-    assert (recipe.lr, recipe.weight_decay, recipe.weight_power, recipe.augmentation, recipe.batch_size) == (0.007, 0.3, 0.5, "dihedral", 16)
+    found = (recipe.lr, recipe.weight_decay, recipe.weight_power, recipe.augmentation, recipe.batch_size)
+    assert found == (0.007, 0.3, 0.5, "dihedral", 16)
     assert ((train.labels[train.order] == 0).sum(), (train.labels[train.order] == 1).sum()) == (20, 12)
 
 

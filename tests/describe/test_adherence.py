@@ -21,7 +21,8 @@ def test_adherence_pairs_asked_with_measured():
 
 COLOURS = dict.fromkeys(NAMES["color"], 0.0)
 MOVES = {  # attribute -> the measure of a tile that shows its n-th value
-    "size": lambda n: {"diameter_mm": 1.0 + n}, "symmetry": lambda n: {"asymmetry": 0.1 * n}, "shape": lambda n: {"axis_ratio": 0.9 - 0.3 * n},
+    "size": lambda n: {"diameter_mm": 1.0 + n}, "symmetry": lambda n: {"asymmetry": 0.1 * n},
+    "shape": lambda n: {"axis_ratio": 0.9 - 0.3 * n},
     "border": lambda n: {"irregularity": 0.1 * n, "edge_width_mm": -n}, "edge": lambda n: {"edge_width_mm": 0.5 + n},
     "color": lambda n: {"colors": COLOURS | {NAMES["color"][n]: 1.0}},
     "other_colors": lambda n: {"colors": COLOURS | dict.fromkeys(NAMES["color"][:n + 1], 0.15)}}

@@ -213,7 +213,8 @@ def test_every_cell_stands_under_its_header(three):
                for row in results["contrasts"] for name in classification.classification.SHOWN["differences"]}
     for pair, title, difference, p, holm, word in classification._contrast_table(results)["rows"]:
         cell = by_pair[pair, title.removesuffix(" (primary)")]
-        assert [difference, p, holm, word] == [page.difference(cell), page.p_value(cell["p"]), page.p_value(cell["p_holm"]), cell["verdict"]]
+        assert [difference, p, holm, word] == [
+            page.difference(cell), page.p_value(cell["p"]), page.p_value(cell["p_holm"]), cell["verdict"]]
     assert any(cell["p"] != cell["p_holm"] for cell in by_pair.values())
     table = classification._mcnemar_table(results)
     assert table["header"][3:7] == ["both", "first only", "second only", "neither"]
@@ -255,7 +256,8 @@ def test_fewer_found_is_said_as_such(tmp_path):
 
 def test_the_setting_counts_the_right_tiles(three):
     """DS1, what is added, and validation: eight different numbers, each in its place."""
-    counts = {"train": {"benign": 1001, "malignant": 202}, "val": {"benign": 303, "malignant": 44}, "test": {"benign": 505, "malignant": 66},
+    counts = {"train": {"benign": 1001, "malignant": 202}, "val": {"benign": 303, "malignant": 44},
+              "test": {"benign": 505, "malignant": 66},
               "added": 77}
     args = {"counts": [counts], "arch": "resnet18", "weights": "none", "image_size": 64, "epochs": 4, "batch_size": 32, "lr": 1e-3,
             "augmentation": "traditional"}

@@ -394,7 +394,8 @@ def test_counts_and_decisions_at_both_thresholds_by_hand():
     """At 0.5 and at each seed's own threshold (.15, .07): confusion counts are means over seeds; McNemar decides by the mean score at
     the mean threshold; the threshold that is told is the seeds' mean."""
     labels = np.array([1, 1, 1, 0, 0, 0])
-    one = {0: make(labels, np.array([.7, .5, .3, .1, .1, .6]), threshold=.15), 1: make(labels, np.array([.5, .7, .1, .1, .1, .6]), threshold=.07)}
+    one = {0: make(labels, np.array([.7, .5, .3, .1, .1, .6]), threshold=.15),
+           1: make(labels, np.array([.5, .7, .1, .1, .1, .6]), threshold=.07)}
     two = {k: make(labels, np.array([.6, .2, .6, .1, .6, .1]), threshold=.15) for k in range(2)}
     found = comparison.analyse({"A1": one, "S2": two}, CONTRASTS, resamples=50)
     assert found["arms"]["A1"]["confusion"] == {"50": {"tp": 2, "fn": 1, "fp": 1, "tn": 2}, "chosen": {"tp": 3, "fn": 0, "fp": 2, "tn": 1}}

@@ -197,7 +197,8 @@ def test_samples_have_seeds_of_their_own(tiny, tmp_path, monkeypatch):
     sd = checkpoint.load(tiny / "folder")
     monkeypatch.setattr(watch.pipeline, "draw", lambda *given, **more: calls.append((given, more)) or torch.zeros(len(given[3]), 4, 8, 8))
     monkeypatch.setattr(watch.pipeline, "decode", lambda sd, latents: torch.zeros(len(latents), 3, 64, 64))
-    recipe = SimpleNamespace(seed=0, sample_count=5, batch_size=2, base=str(watch.folders.MINI), precision="fp32", resolution=64, sample_steps=7)
+    recipe = SimpleNamespace(seed=0, sample_count=5, batch_size=2, base=str(watch.folders.MINI), precision="fp32", resolution=64,
+                             sample_steps=7)
     watch.sampling(recipe, sd, [{"text": "a"}, {"text": "b"}], torch.device("cpu"))(tmp_path / "sheet.png")
     empty = watch.pipeline.encode_prompts(sd, [""])[0]
     assert [seed for given, _ in calls for seed in given[3]] == [0, 1, 2, 3, 4]

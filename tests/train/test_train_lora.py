@@ -488,7 +488,8 @@ def test_flags_reach_the_run(tiny, data, tmp_path):
     """A constant rate stays, one view is the only one encoded, all layers have a LoRA, every written file is in the layout asked for."""
     alone = tmp_path / "data"
     shutil.copytree(data, alone, ignore=shutil.ignore_patterns(".cache"))
-    train("--phase", 1, *flags(tiny, alone, tmp_path / "r", "--steps", 3, "--views", 1, "--lora-targets", "all", "--lora-format", "diffusers"))
+    train("--phase", 1, *flags(tiny, alone, tmp_path / "r", "--steps", 3, "--views", 1, "--lora-targets", "all", "--lora-format",
+                                "diffusers"))
     assert [row["lr"] for row in files.read_jsonl(tmp_path / "r" / "metrics.jsonl") if "loss" in row] == [1e-2] * 3
     for path in (tmp_path / "r" / "lora.safetensors", tmp_path / "r" / "checkpoints" / "lora-000003.safetensors"):
         assert all(key.startswith("unet.") for key in load_file(path)), path

@@ -14,8 +14,8 @@ import pytest
 
 from lesion.describe.prompts import NAMES, VOCABULARY
 from lesion.mini.phantoms import write_demo
-from lesion.run import files
-from lesion.web import label, label_adjudicate, label_desk, label_export, label_folder, label_pages, tables
+from lesion.run import cells, files
+from lesion.web import label, label_adjudicate, label_desk, label_export, label_folder, label_pages
 from lesion.web.journal import Journal
 
 ORIGIN = {"Origin": "http://localhost"}
@@ -218,10 +218,10 @@ def test_a_wrong_table_changes_nothing(lab, data, tmp_path, change, words):
 @pytest.mark.parametrize("value", ["=1+1", "+1", "-1", "@x", "\tx", "\r=x", "'=1", "''=x", "plain", "'quoted", "", None, 5, -3])
 def test_no_cell_is_a_formula_and_all_come_back(value):
     """Whatever the text, the cell does not begin like a formula, and reading gives the text again; numbers stay."""
-    cell = tables.safe_cell(value)
+    cell = cells.safe(value)
     if isinstance(value, str):
         assert not cell.startswith(("=", "+", "-", "@", "\t", "\r"))
-        assert tables.plain_cell(cell) == value
+        assert cells.plain(cell) == value
     else:
         assert cell == value
 
