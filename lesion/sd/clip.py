@@ -128,7 +128,7 @@ class Tokenizer:
         """-> token_ids int64 [B,77], and for each prompt the text beyond 75 tokens, which the model does not see ("" mostly)."""
         rows, cut = [], []
         for prompt in prompts:
-            ids = self.clip(prompt, add_special_tokens=False, truncation=False).input_ids
+            ids = self.clip(prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids  # we say what is cut
             rows.append([self.begin, *ids[:TOKENS - 2]] + [self.end] * (TOKENS - 1 - len(ids[:TOKENS - 2])))
             cut.append(self.clip.decode(ids[TOKENS - 2:]).strip())
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, TOKENS), cut
