@@ -10,18 +10,12 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share two cores: spinning threads would only be in each other's way
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("LESION_SHARED", ROOT.parent / "shared"))
-MINUTES = ("tests/mini/test_tour.py", "tests/crash/", "tests/fuzz/", "tests/browser/", "tests/parity/")
 
 
 def pytest_configure(config):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts us in the background has it ignored
     if os.environ.get("CI") and not SHARED.is_dir():
         raise pytest.UsageError(f"CI needs the reference material at {SHARED}")
-
-
-def pytest_collection_modifyitems(items):
-    """Files of few tests that take minutes begin: one that began last would leave the other worker idle."""
-    items.sort(key=lambda item: not item.nodeid.startswith(MINUTES))
 
 
 @pytest.fixture(scope="session")
