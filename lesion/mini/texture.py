@@ -22,6 +22,7 @@ from lesion.tiles.views import VIEWS, dihedral
 from lesion.train.step import posterior_sample
 
 WIDTHS = (32, 64, 96)
+OCTAVES = 4
 BLUR, GAIN = 9, 8  # the critic sees detail finer than BLUR pixels GAIN times larger: it is faint in skin
 
 
@@ -47,10 +48,26 @@ def critic_loss(real: Tensor, drawn: Tensor) -> Tensor:
     return F.relu(1 - real).mean() + F.relu(1 + drawn).mean()
 
 
+def octaves_loss(decoded: Tensor, pixels: Tensor, recipe: Recipe) -> Tensor:
+    """sum over o = 0..3 of mean |E(decoded / 2^o) - E(pixels / 2^o)|, with E the texture energy (lesion.mini.vae) of Y, Cb, Cr.
+
+    How much grain there is in each of four octaves, 3 to 24 px, as energies of a pyramid's bands (Heeger and Bergen, SIGGRAPH 1995,
+    section 3), in colour too: the critic alone gave fine grain twice the colour of skin's and coarse grain two thirds of it. Cb and
+    Cr count `chroma_weight` times, as in `color_loss`.
+    """
+    weights = pixels.new_tensor(autoencoder.YCBCR) * pixels.new_tensor([[1.0], [recipe.chroma_weight], [recipe.chroma_weight]])
+    pair = torch.einsum("oc,bchw->bohw", weights, torch.cat([decoded, pixels]))
+    loss = pixels.new_zeros(())
+    for octave in range(OCTAVES):
+        ours, theirs = autoencoder.texture_energy(F.avg_pool2d(pair, 2 ** octave)).chunk(2)
+        loss = loss + (ours - theirs).abs().sum(1).mean() / 2
+    return loss
+
+
 def decoder_loss(decoded: Tensor, pixels: Tensor, scores: Tensor, recipe: Recipe) -> dict[str, Tensor]:
-    """L1 + colour + texture energy (lesion.mini.vae) - adversarial_weight * mean critic's score; "loss" is their sum."""
+    """L1 + colour (lesion.mini.vae) + texture_weight * `octaves_loss` - adversarial_weight * mean critic's score; "loss" is their sum."""
     error = decoded - pixels
-    energy = (autoencoder.texture_energy(decoded) - autoencoder.texture_energy(pixels)).abs().mean()
+    energy = octaves_loss(decoded, pixels, recipe)
     parts = {"l1": error.abs().mean(), "color": autoencoder.color_loss(error, recipe), "texture": energy, "score": scores.mean()}
     loss = parts["l1"] + parts["color"] + recipe.texture_weight * energy - recipe.adversarial_weight * parts["score"]
     return {"loss": loss, **parts}

@@ -16,12 +16,32 @@ def test_hinge_losses():
 def test_decoder_loss():
     """No error: minus the weighted score alone. A higher score is a lower loss, by the weight."""
     recipe = SimpleNamespace(chroma_weight=3.0, square_weight=5.0, texture_weight=1.0, adversarial_weight=0.1)
-    pixels = torch.rand(1, 3, 32, 32, generator=generator(0))
+    pixels = torch.rand(1, 3, 64, 64, generator=generator(0))
     parts = texture.decoder_loss(pixels, pixels, torch.tensor([2.0, 4.0]), recipe)
     assert parts["loss"].item() == pytest.approx(-0.3)
     worse = texture.decoder_loss(pixels + 0.1, pixels, torch.tensor([2.0, 4.0]), recipe)
     assert worse["l1"].item() == pytest.approx(0.1)
     assert worse["loss"] > parts["loss"]
+
+
+def board(square: int, rgb: tuple[float, float, float]) -> torch.Tensor:
+    """Checks of `square` pixels, +rgb and -rgb."""
+    line = torch.arange(64) // square
+    sign = 1.0 - 2.0 * ((line[:, None] + line) % 2)
+    return torch.tensor(rgb)[None, :, None, None] * sign
+
+
+def test_octaves_loss_tells_grain_by_size_and_colour():
+    """Grain elsewhere is no error; no grain is. Checks of 1 px are gone at octave 1: error 8/9 of their height at octave 0 alone, and
+    chroma counts three times. Checks of 8 px are seen at octave 3, where those of 1 px are not."""
+    recipe, flat = SimpleNamespace(chroma_weight=3.0), torch.zeros(1, 3, 64, 64)
+    grey, blue = (0.1, 0.1, 0.1), (0.0, 0.0, 0.1)
+    fine = board(1, grey)
+    assert texture.octaves_loss(-fine, fine, recipe).item() == pytest.approx(0, abs=1e-6)
+    assert texture.octaves_loss(flat, fine, recipe).item() == pytest.approx(0.1 * 8 / 9 / 2, rel=0.05)
+    in_chroma = 0.1 * (0.114 + 3 * (0.5 + 0.081))
+    assert texture.octaves_loss(flat, board(1, blue), recipe).item() == pytest.approx(in_chroma * 8 / 9 / 2, rel=0.05)
+    assert texture.octaves_loss(flat, board(8, grey), recipe) > 2 * texture.octaves_loss(flat, fine, recipe)
 
 
 def test_critic_sees_fine_grain_and_little_of_it_is_enough():
