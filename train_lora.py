@@ -38,7 +38,7 @@ def parse(argv=None):
     )
     group.add_argument("--lora-format", choices=("kohya", "diffusers"), default="kohya", help="layout of the written files")
     group = parser.add_argument_group("recipe")
-    group.add_argument("--steps", type=cli.number(int, low=1), help="optimizer steps; default: 1400, for mini 600")
+    group.add_argument("--steps", type=cli.number(int, low=1), help="optimizer steps; default: 1400, for mini 300")
     group.add_argument("--batch-size", type=cli.number(int, low=1), default=8, help="tiles a step and process")
     group.add_argument("--accumulate", type=cli.number(int, low=1), default=1, help="batches an optimizer step")
     group.add_argument("--lr", type=cli.number(float, above=0), help="peak learning rate of AdamW; default: 3e-5, for mini 5e-4")
