@@ -318,6 +318,9 @@ def join(plan: Plan, places: list[Place], ratio: float, folder: Path) -> list[Pa
     if unknown:
         notes.append(f"the patients of {len(unknown)} tiles are unknown: the unit of a fold is then the tile with its near copies, and two "
                      "tiles of one patient can be in different folds")
+    if folders.recipe_for(plan.base) is folders.MINI_RECIPE:
+        notes.append("the built-in base was taught with benign tiles of ISIC 2024 (lesion/assets/mini/README.md): where they are tested "
+                     "here, the generator has seen them")
     files.write_json(folder / "args.json", args | {
         "data": plan.data, "data_sha256": plan.data_sha256, "folds": plan.folds, "experiments": list(plan.experiments), "ratio": ratio,
         "counts": counts, "checked": checked, "notes": list(dict.fromkeys(notes)), "crossfit": plan.flags()})

@@ -261,6 +261,8 @@ def test_the_answer_holds_each_folds_own_scores(data, scripts):
         trained = [sum(row["split"] == "train" and row["label"] == "malignant" for row in
                        files.read_manifest(out / f"fold{fold}" / "all" / "data")) for fold in range(2)]
         assert point["real"] == pytest.approx(sum(trained) / 2)
+    assert any("built-in base was taught with benign tiles" in note
+               for note in files.read_json(out / "answer" / "all-ratio-1" / "args.json")["notes"])
 
 
 def crossfit_auroc(parts):
