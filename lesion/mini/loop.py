@@ -6,6 +6,7 @@ Proven by tests/mini/test_loop.py and tests/mini/test_pretrain.py.
 """
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from lesion.run.optim import load_optimizer_tensors, optimizer_tensors, warmup_c
 from lesion.run.state import fitting, grouped, in_order, load_newest, of_group, previous_of, provenance, save_state
 from lesion.tiles.decode import load_tiles
 
+STEERED = ("skin_tone", "size", "color", "other_colors")  # whose rare words --rare-power favours
 CHECK_TILES = 256  # training tiles held back to watch the loss; `val` is never opened here
 
 
@@ -97,6 +99,16 @@ def benign_training_tiles(data: Path, resolution: int) -> tuple[np.ndarray, list
         raise ValueError(f"{data} has {len(rows)} benign training tiles; at least {2 * CHECK_TILES} are needed")
     tiles = load_tiles(data, rows, resolution, progress=cli.progress)
     return tiles.images_u8, tiles.rows
+
+
+def rare_weights(rows: list[dict], power: float) -> np.ndarray:
+    """[N]: (1 / frequency of the tile's rarest steered word) ** power, at most 10 times the smallest."""
+    values = [{(name, value) for name in STEERED for value in np.atleast_1d((row.get("attributes") or {}).get(name) or [])}
+              for row in rows]
+    counts = Counter(value for some in values for value in some)
+    rarest = np.array([min((counts[value] for value in some), default=len(rows)) for some in values])
+    weights = (len(rows) / rarest) ** power
+    return np.minimum(weights, 10 * weights.min())
 
 
 # ---------------------------------------------------------------------------------------------------------------- loop

@@ -46,7 +46,7 @@ def parse(argv: list[str]):
     group.add_argument("--adversarial-weight", type=cli.number(float, low=0), default=0.02, help="texture: weight of the critic's score")
     group.add_argument("--caption-dropout", type=cli.number(float, low=0, high=1), default=0.1, help="unet: share of empty captions")
     group.add_argument("--rare-power", type=cli.number(float, low=0, high=1), default=0.0,
-                       help="unet: tiles are drawn in proportion to (1 / frequency of their rarest word) to this power; 0: equally often")
+                       help="texture, unet: tiles are drawn in proportion to (1 / frequency of their rarest word) to this power")
     group.add_argument("--seed", type=cli.number(int, low=0), default=0, help="of everything random")
     group = parser.add_argument_group("check")
     group.add_argument("--features", type=Path, help="baseline classifier (model.safetensors) to compare tiles by")

@@ -81,11 +81,11 @@ def train(recipe: Recipe, sitting: Sitting) -> None:
     images_u8, rows = loop.benign_training_tiles(sitting.data, 128)
     vae, critic = autoencoder.load(sitting.start or sitting.out), build_critic(recipe.seed)
     decoder = nn.ModuleList([vae.decoder, vae.post_quant_conv]).requires_grad_(True)
-    count = len(images_u8) - loop.CHECK_TILES
+    weights = loop.rare_weights(rows[:-loop.CHECK_TILES], recipe.rare_power)
     critic_optimizer = adamw(critic, recipe)
 
     def losses(step: int) -> dict[str, Tensor]:
-        tile, view, noise = draw(recipe, step, count)
+        tile, view, noise = draw(recipe, step, weights)
         pixels = torch.cat([dihedral(to_pixels(images_u8[i:i + 1]), v) for i, v in zip(tile, view)])
         with devices.autocast(torch.device("cpu"), recipe.precision):
             mean, logvar = vae.encode(pixels)
@@ -118,10 +118,11 @@ def adamw(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.0, 0.99), weight_decay=0.0)
 
 
-def draw(recipe: Recipe, step: int, count: int) -> tuple[list[int], list[int], Tensor]:
-    """(tiles, views 0..7, posterior noise [B,4,16,16]) of a step, keyed by (seed, step)."""
+def draw(recipe: Recipe, step: int, weights: np.ndarray) -> tuple[list[int], list[int], Tensor]:
+    """(tiles in proportion to `weights` [N], views 0..7, posterior noise [B,4,16,16]) of a step, keyed by (seed, step)."""
     g = devices.generator(recipe.seed, step, 2)
-    tile, view = (torch.randint(number, (recipe.batch_size,), generator=g).tolist() for number in (count, VIEWS))
+    tile = torch.multinomial(torch.from_numpy(weights), recipe.batch_size, replacement=True, generator=g).tolist()
+    view = torch.randint(VIEWS, (recipe.batch_size,), generator=g).tolist()
     return tile, view, torch.randn(recipe.batch_size, 4, 16, 16, generator=g)
 
 

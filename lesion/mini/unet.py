@@ -29,7 +29,6 @@ WIDTHS, HEADS, GROUPS = (48, 80, 96, 80), 4, 8
 TEXT_WIDTH, TEXT_MLP, TEXT_LAYERS = 128, 384, 3
 VIEWS = (0, 4)  # as it is, and mirrored: fourteen thousand pictures to encode
 MIN_SNR_GAMMA = 5.0
-STEERED = ("skin_tone", "size", "color", "other_colors")  # whose rare words --rare-power favours
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -143,19 +142,9 @@ def schedule_of_tiles(rows: list[dict], recipe: Recipe) -> tuple[np.ndarray, np.
     shape = (recipe.steps, recipe.batch_size)
     tile, number = plan(len(rows), recipe.batch_size, recipe.steps, recipe.seed, len(VIEWS))
     if recipe.rare_power:
-        weights = rare_weights(rows, recipe.rare_power)
+        weights = loop.rare_weights(rows, recipe.rare_power)
         tile = np.random.default_rng([recipe.seed, 6]).choice(len(rows), shape, p=weights / weights.sum())
     return tile, np.array(VIEWS)[number]
-
-
-def rare_weights(rows: list[dict], power: float) -> np.ndarray:
-    """[N]: (1 / frequency of the tile's rarest steered word) ** power, at most 10 times the smallest."""
-    values = [{(name, value) for name in STEERED for value in np.atleast_1d((row.get("attributes") or {}).get(name) or [])}
-              for row in rows]
-    counts = Counter(value for some in values for value in some)
-    rarest = np.array([min((counts[value] for value in some), default=len(rows)) for some in values])
-    weights = (len(rows) / rarest) ** power
-    return np.minimum(weights, 10 * weights.min())
 
 
 def begin_with(model: Denoiser, folder: Path, vae: nn.Module) -> None:

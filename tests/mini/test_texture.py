@@ -1,6 +1,7 @@
 """The texture stage: the critic's losses by hand, and a decoder's loss that falls as its grain looks real."""
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -57,9 +58,12 @@ def test_critic_sees_fine_grain_and_little_of_it_is_enough():
 def test_draws_are_keyed():
     """The same step draws the same tiles, views and noise; another step others; the held-back tiles never."""
     recipe = SimpleNamespace(seed=0, batch_size=64)
-    first, again, other = (texture.draw(recipe, step, 10) for step in (5, 5, 6))
+    first, again, other = (texture.draw(recipe, step, np.ones(10)) for step in (5, 5, 6))
     assert first[0] == again[0]
     assert torch.equal(first[2], again[2])
     assert not torch.equal(first[2], other[2])
     assert set(first[0]) == set(range(10))
     assert set(first[1]) == set(range(8))
+    rare = texture.draw(recipe, 5, np.array([0.0, 9.0, 1.0]))[0]
+    assert 0 not in rare
+    assert 48 < rare.count(1) < 64

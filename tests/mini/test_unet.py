@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from lesion.mini import unet
+from lesion.mini import loop, unet
 
 
 def rows():
@@ -15,12 +15,12 @@ def rows():
 
 def test_rare_weights():
     """(1 / frequency of the rarest word) ** power, at most ten times the smallest: 91 of 100, 9 of 100, 1 of 100."""
-    weights = unet.rare_weights(rows(), 0.5)
+    weights = loop.rare_weights(rows(), 0.5)
     smallest = (100 / 100) ** 0.5  # "light brown" is in every caption but stands beside skin_tone light, 99 of 100
     assert weights[0] >= smallest
     assert weights[95] / weights[0] == np.sqrt(100 / 9) / weights[0]
     assert weights[99] / weights[0] == min(10, np.sqrt(100) / weights[0])
-    assert len(set(unet.rare_weights(rows(), 0.0))) == 1
+    assert len(set(loop.rare_weights(rows(), 0.0))) == 1
 
 
 def test_schedule_of_tiles():
@@ -44,4 +44,4 @@ def test_the_most_frequent_pair_is_merged_next():
 
 def test_tiles_without_attributes():
     """Captions nobody measured: all tiles weigh the same."""
-    assert set(unet.rare_weights([{"attributes": None}, {}], 1.0)) == {1.0}
+    assert set(loop.rare_weights([{"attributes": None}, {}], 1.0)) == {1.0}
