@@ -22,7 +22,7 @@ from lesion.run.optim import load_optimizer_tensors, optimizer_tensors, warmup_c
 from lesion.run.state import fitting, grouped, in_order, load_newest, of_group, previous_of, provenance, save_state
 from lesion.tiles.decode import load_tiles
 
-STEERED = ("skin_tone", "size", "color", "other_colors")  # whose rare words --rare-power favours
+FAVOURED = ("skin_tone", "size", "color", "other_colors")  # attributes whose rare words --rare-power draws more often
 CHECK_TILES = 256  # training tiles held back to watch the loss; `val` is never opened here
 
 
@@ -103,7 +103,7 @@ def benign_training_tiles(data: Path, resolution: int) -> tuple[np.ndarray, list
 
 def rare_weights(rows: list[dict], power: float) -> np.ndarray:
     """[N]: (1 / frequency of the tile's rarest steered word) ** power, at most 10 times the smallest."""
-    values = [{(name, value) for name in STEERED for value in np.atleast_1d((row.get("attributes") or {}).get(name) or [])}
+    values = [{(name, value) for name in FAVOURED for value in np.atleast_1d((row.get("attributes") or {}).get(name) or [])}
               for row in rows]
     counts = Counter(value for some in values for value in some)
     rarest = np.array([min((counts[value] for value in some), default=len(rows)) for some in values])

@@ -42,7 +42,7 @@ def parse(argv: list[str]):
     group.add_argument("--chroma-weight", type=cli.number(float, low=0), default=3.0, help="vae: of colour errors over brightness errors")
     group.add_argument("--chroma-field", type=cli.number(float, low=0), default=0.1, help="vae: spread of random local colour, of 2")
     group.add_argument("--square-weight", type=cli.number(float, low=0), default=5.0, help="vae: of squared over absolute colour errors")
-    group.add_argument("--texture-weight", type=cli.number(float, low=0), default=0.5, help="vae: weight of the texture-energy term")
+    group.add_argument("--texture-weight", type=cli.number(float, low=0), default=0.5, help="vae, texture: weight of texture energy")
     group.add_argument("--adversarial-weight", type=cli.number(float, low=0), default=0.02, help="texture: weight of the critic's score")
     group.add_argument("--caption-dropout", type=cli.number(float, low=0, high=1), default=0.1, help="unet: share of empty captions")
     group.add_argument("--rare-power", type=cli.number(float, low=0, high=1), default=0.0,

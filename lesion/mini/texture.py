@@ -49,7 +49,7 @@ def critic_loss(real: Tensor, drawn: Tensor) -> Tensor:
 
 
 def octaves_loss(decoded: Tensor, pixels: Tensor, recipe: Recipe) -> Tensor:
-    """sum over o = 0..3 of mean |E(decoded / 2^o) - E(pixels / 2^o)|, with E the texture energy (lesion.mini.vae) of Y, Cb, Cr.
+    """sum over octaves o = 0..3, and Y, Cb, Cr, of mean |E(decoded) - E(pixels)| / 2 at 1/2^o the size; E: `texture_energy`.
 
     How much grain there is in each of four octaves, 3 to 24 px, as energies of a pyramid's bands (Heeger and Bergen, SIGGRAPH 1995,
     section 3), in colour too: the critic alone gave fine grain twice the colour of skin's and coarse grain two thirds of it. Cb and
