@@ -20,6 +20,7 @@ from lesion.run import cli, files, folders, lock, sums
 from lesion.tiles import seen
 
 SPARE = 1.25  # synthetic tiles drawn for one that is needed: copies are dropped
+INPUTS = ("--data", "--prompts-from", "--init-lora", "--lora", "--synthetic")  # flags that name what another step wrote
 
 
 @dataclass(frozen=True)
@@ -216,16 +217,23 @@ def run_place(plan: Plan, place: Place) -> None:
 
 
 def run_step(place: Place, folder: Path, command: list[str]) -> None:
-    """Run a script unless `folder` is its finished work: SHA256SUMS is there, holds, and the command was the same.
+    """Run a script unless `folder` is its finished work: SHA256SUMS is there, holds, and the command and its inputs were the same.
 
-    What it took is appended to seconds.jsonl. ValueError if a file is not as it was written, or the script fails.
+    What it took is appended to seconds.jsonl. ValueError if a file is not as it was written, the script fails, or arms would go on
+    that learned from other tiles (a larger ratio draws more).
     """
-    record, line = folder.parent / f".{folder.name}.command.json", shlex.join(["python", *command])
-    if (folder / sums.NAME).is_file() and record.is_file() and files.read_json(record).get("command") == line:
-        sums.require(folder)
-        print(f"{place.name}: {folder.name} is done", flush=True)
-        return
-    print(f"\n{place.name}\n$ {line}", flush=True)
+    record = folder.parent / f".{folder.name}.command.json"
+    work = {"command": shlex.join(["python", *command]), "inputs": inputs_of(command)}
+    if (folder / sums.NAME).is_file() and record.is_file():
+        before = files.read_json(record)
+        if {key: before.get(key) for key in work} == work:
+            sums.require(folder)
+            print(f"{place.name}: {folder.name} is done", flush=True)
+            return
+        if command[0] == "classify.py" and before.get("inputs", work["inputs"]) != work["inputs"]:
+            raise ValueError(f"{place.name}: the arms in {folder} learned from other tiles than they would now (a larger ratio draws "
+                             "more): remove that folder, and they are trained anew")
+    print(f"\n{place.name}\n$ {work['command']}", flush=True)
     resume = ["--resume"] if command[0] == "train_lora.py" and (folder / "args.json").is_file() else []
     began = time.monotonic()
     code = execute([*command, *resume])
@@ -233,9 +241,16 @@ def run_step(place: Place, folder: Path, command: list[str]) -> None:
         raise ValueError(f"{place.name}: {command[0]} ended with exit code {code}; the same command goes on from here")
     if not (folder / sums.NAME).is_file():
         sums.write(folder)
-    files.write_json(record, {"command": line})
+    files.write_json(record, work)
     files.append_jsonl(place.folder / "seconds.jsonl", {"step": folder.name, "script": command[0],
                                                         "seconds": round(time.monotonic() - began, 1), "resumed": bool(resume)})
+
+
+def inputs_of(command: list[str]) -> dict[str, str | None]:
+    """{flag: SHA-256 of the SHA256SUMS of the folder that it names, or of a named file's folder}; None where there is none."""
+    named = {flag: Path(value) for flag, value in zip(command, command[1:]) if flag in INPUTS}
+    lists = {flag: (path if path.is_dir() else path.parent) / sums.NAME for flag, path in named.items()}
+    return {flag: files.sha256_file(path) if path.is_file() else None for flag, path in lists.items()}
 
 
 def execute(command: list[str]) -> int:

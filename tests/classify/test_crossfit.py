@@ -4,6 +4,7 @@ classify.py runs as it is; teaching and drawing, whose own tests are elsewhere, 
 """
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +187,36 @@ def test_a_step_without_its_command_is_not_done(plan, scripts, tmp_path):
     scripts.stop = 0
     with pytest.raises(ValueError, match="generate.py ended with exit code 1"):
         crossfit.run_step(place, tmp_path / "drawn", ["generate.py"])
+
+
+def test_a_larger_ratio_draws_more(data, scripts):
+    """The tiles are drawn again, copies are looked for again, and arms that learned from the fewer tiles are refused, not taken as
+    done; removed, they are trained on what a first call with both ratios trains them on."""
+    run(data, "--experiments", "S2", "--ratios", 1)
+    arm = data.parent / "run" / "fold0" / "all" / "ratio-1"
+    with pytest.raises(ValueError, match=f"{arm} learned from other tiles"):
+        run(data, "--experiments", "S2", "--ratios", 1, 2)
+    assert scripts.calls[-1][0] == "generate.py"
+    for fold in ("fold0", "fold1"):
+        shutil.rmtree(data.parent / "run" / fold / "all" / "ratio-1")
+    run(data, "--experiments", "S2", "--ratios", 1, 2)
+    grown = predictions.read_runs(arm)["S2"][0].scores
+    shutil.rmtree(data.parent / "run")
+    run(data, "--experiments", "S2", "--ratios", 1, 2)
+    assert np.array_equal(grown, predictions.read_runs(arm)["S2"][0].scores)
+
+
+def test_an_input_drawn_again_makes_its_step_run_again(scripts, tmp_path, monkeypatch):
+    """The same command over other tiles is not done: the search for copies runs again."""
+    command = ["evaluate.py", "--synthetic", str(tmp_path / "drawn"), "--out", str(tmp_path / "kept")]
+    calls = []
+    monkeypatch.setattr(crossfit, "execute", lambda command: scripts.calls.append(command) or (tmp_path / "kept").mkdir(exist_ok=True))
+    for text in (b"x", b"x", b"y"):
+        files.write_bytes(tmp_path / "drawn" / "x", text)
+        sums.write(tmp_path / "drawn")
+        crossfit.run_step(crossfit.Place(0, None, tmp_path), tmp_path / "kept", command)
+        calls.append(len(scripts.calls))
+    assert calls == [1, 1, 2]
 
 
 def test_a_fold_learns_from_its_own_training_tiles(data, scripts):
