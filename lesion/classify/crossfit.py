@@ -292,7 +292,8 @@ def answer(plan: Plan, places: list[Place], out: Path) -> bool:
         files.write_json(out / "curve.json", found)
         curve.draw(found, out / "curve.png")
         print(*curve.lines(found), sep="\n")
-        first = out / "answer" / f"{size_name(plan.sizes[-1])}-{arms.ratio_name(plan.ratios[0])}"
+        most = size_name(None if None in plan.sizes else max(plan.sizes))  # the primary contrast's
+        first = out / "answer" / f"{most}-{arms.ratio_name(plan.ratios[0])}"
         print(f"next: {shlex.join(['python', 'evaluate.py', '--classify', str(first), '--data', plan.data])}")
     return whole
 

@@ -65,9 +65,10 @@ def run(data, *more):
 
 def test_whole_experiment_stopped_and_resumed(data, scripts, capsys):
     """Failing at its third step and called again: nothing is done twice; sizes and ratios each have an answer in which every tile
-    is tested once; A1, the same at every ratio, is trained once; the curve is written; called again nothing runs."""
+    is tested once; A1, the same at every ratio, is trained once; the curve is written, the report named is
+    that of the primary contrast; called again nothing runs."""
     scripts.stop = 2
-    more = ("--sizes", 6, "all", "--ratios", 1, 2)
+    more = ("--sizes", "all", 6, "--ratios", 1, 2)
     with pytest.raises(ValueError, match="generate.py ended with exit code 1"):
         run(data, *more)
     scripts.stop = None
@@ -86,7 +87,7 @@ def test_whole_experiment_stopped_and_resumed(data, scripts, capsys):
     found = files.read_json(out / "curve.json")
     assert [(one["size"], one["ratio"]) for one in found["points"]] == [(6, 1.0), (6, 2.0), ("all", 1.0), ("all", 2.0)]
     assert (out / "curve.png").is_file()
-    assert "next: python evaluate.py" in capsys.readouterr().out
+    assert f"next: python evaluate.py --classify {out / 'answer' / 'all-ratio-1'} " in capsys.readouterr().out
     before = len(scripts.calls)
     run(data, *more)
     assert len(scripts.calls) == before
