@@ -10,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from lesion.classify.arms import CONTRASTS
+from lesion.classify.arms import ARMS, CONTRASTS
+from lesion.run import sheets
 from lesion.stats import inference
 
 PRIMARY = "O1 to S2"
+STYLES = {"B0": (sheets.SKY, "v", "--"), "A1": (sheets.GREY, "o", "--"), "W1": (sheets.GREEN, "^", "--"),  # of arms in a chart
+          "S2": (sheets.VERMILION, "s", "-"), "S2w": (sheets.ORANGE, "D", "-"), "O1": (sheets.BLUE, "<", "--")}
 
 
 def point(size: int | None, ratio: float, real: float, folds: list[dict[str, list]]) -> dict:
@@ -114,7 +117,7 @@ def draw(found: dict, path: Path) -> None:
 
     from lesion.run import files
     ratios = sorted({one["ratio"] for one in found["points"]})
-    figure = Figure(figsize=(3.6 * len(ratios), 3.2), layout="constrained")
+    figure = Figure(figsize=(max(3.6 * len(ratios), 4.4), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(ratios), sharey=True, squeeze=False)[0]
     for panel, ratio in zip(panels, ratios):
@@ -123,13 +126,16 @@ def draw(found: dict, path: Path) -> None:
             y = np.array([one["arms"][name]["auroc"] for one in points])
             reach = np.abs([[one["arms"][name][end] for one in points] for end in ("low", "high")] - y)
             x = np.array([one["real"] for one in points]) * 1.03 ** (number - (len(points[0]["arms"]) - 1) / 2)  # side by side
-            panel.errorbar(x, y, reach, marker="os^Dv<"[number], capsize=2, label=name, linewidth=1)
-        panel.set(xscale="log", xlabel="real malignant training tiles a fold", title=f"synthetic : real = {ratio:g} : 1",
+            color, marker, line = STYLES[name]
+            panel.errorbar(x, y, reach, marker=marker, color=color, linestyle=line, capsize=2, linewidth=1.2, markersize=5,
+                           label=f"{name}: {ARMS[name].meaning}")
+        panel.set(xscale="log", xlabel="real malignant training tiles a fold", title=f"synthetic or repeated : real = {ratio:g} : 1",
                   xlim=(0.7 * min(one["real"] for one in points), 1.4 * max(one["real"] for one in points)))
         panel.set_xticks([one["real"] for one in points], [f"{one['real']:.0f}" for one in points], minor=False)
         panel.minorticks_off()
-    panels[0].set_ylabel("AUROC, each tile tested once")
-    panels[-1].legend(frameon=False)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("AUROC within folds [95 %]")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png", metadata={"Software": None})
