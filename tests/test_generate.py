@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lesion.lora import formats, layers
-from lesion.run import files, sheets, sums
+from lesion.run import drawn, files, sheets, sums
 from lesion.sd import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -327,12 +327,12 @@ def test_parameters_are_read_by_a1111s_rules():
     """Sampler names, LoRA tags with their weights, hashes in quotes, an empty negative prompt left out, a negative seed's size."""
     row = {"prompt": "a lesion, dark: very", "negative_prompt": "", "sampler": "dpmpp", "steps": 20, "guidance_scale": 7.5, "seed": 3,
            "resolution": 128, "base_sha256": "0123456789abcdef", "eta": 0.0}
-    prompt, negative, values = parsed_by_a1111(generate.as_parameters(row, [("malignant-phase2", 0.8, "abcdef012345"), ("b", 1.0, "")]))
+    prompt, negative, values = parsed_by_a1111(drawn.as_parameters(row, [("malignant-phase2", 0.8, "abcdef012345"), ("b", 1.0, "")]))
     assert (prompt, negative) == ("a lesion, dark: very <lora:malignant-phase2:0.8> <lora:b:1>", "")
     assert values == {"Steps": "20", "Sampler": "DPM++ 2M", "CFG scale": "7.5", "Seed": "3", "Size": "128x128",
                       "Model hash": "0123456789", "Lora hashes": "malignant-phase2: abcdef012345"}
     row |= {"negative_prompt": "hair, ruler", "sampler": "ddim", "eta": 0.5}
-    prompt, negative, values = parsed_by_a1111(generate.as_parameters(row))
+    prompt, negative, values = parsed_by_a1111(drawn.as_parameters(row))
     assert (prompt, negative, values["Sampler"], values["Eta"]) == ("a lesion, dark: very", "hair, ruler", "DDIM", "0.5")
 
 

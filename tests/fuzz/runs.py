@@ -16,7 +16,7 @@ import generate
 from lesion.classify import defaults, predictions
 from lesion.mini import samples
 from lesion.report import classification, drop, request, sets, verify
-from lesion.run import files, folders, sums
+from lesion.run import drawn, files, folders, sums
 from lesion.tiles import seen
 from lesion.train import checkpoint as training
 from lesion.train import watch
@@ -103,7 +103,7 @@ def provenance(kept, place, case):
         lambda: defaults._runs_of(path),
         lambda: sets._refuse_leaks(place, rows[2:], []),
         lambda: samples.seen_by(place),
-        lambda: generate.open_folder(place, PROVENANCE),
+        lambda: drawn.open_folder(place, PROVENANCE),
     )
 
 
@@ -224,14 +224,14 @@ DRAWN = {"prompt": "x", "seed": 1, "label": "malignant"}
 
 
 def drawn_cases(kept):
-    def drawn(text):
+    def written(text):
         info = PngImagePlugin.PngInfo()
         info.add_itxt("lesion", text)
         data = hostile.picture("PNG", pnginfo=info)
         row = {"file_name": "x.png", "source": "synthetic", "sha256": files.sha256_bytes(data), **DRAWN}
         return {"x.png": data, files.MANIFEST: json.dumps(row).encode()}
 
-    texts = hostile.as_json(DRAWN).map(lambda data: drawn(data.decode("utf-8", "replace")))
+    texts = hostile.as_json(DRAWN).map(lambda data: written(data.decode("utf-8", "replace")))
     rows = hostile.pictures().map(
         lambda data: {
             "x.png": data,

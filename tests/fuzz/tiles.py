@@ -11,9 +11,8 @@ from fuzz import hostile
 from fuzz.reader import TILE, Reader, as_file, each, must, only
 from hypothesis import strategies as st
 
-import generate
 from lesion import prepare
-from lesion.run import files
+from lesion.run import drawn, files
 from lesion.tiles import decode, isic, split, tables
 from lesion.tiles.source import metadata
 from lesion.web import label_folder
@@ -53,7 +52,7 @@ def manifest(kept, place, case):
     must(lambda: "".join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
     each(
         lambda: label_folder.select(place),
-        lambda: generate.listed_in(place / files.MANIFEST),
+        lambda: drawn.listed_in(place / files.MANIFEST),
         lambda: decode.load_tiles(place, rows, 16),
     )
 
