@@ -210,7 +210,8 @@ def setting(results: dict, args: dict) -> str:
                  f"{args['image_size']} px, {args['epochs']} epochs of DS1 at {args['batch_size']} tiles a step (the "
                  f"same number of steps in every arm), AdamW at {args['lr']:g}, augmentation: {args['augmentation']}.")
         if args.get("folds"):
-            text += (f" Cross-fitted over {args['folds']} folds of patients; the tile counts are those of the first. AUROC is made "
+            unit = "patients" if results["patients"] else "tiles, near copies together"
+            text += (f" Cross-fitted over {args['folds']} folds of {unit}; the tile counts are those of the first. AUROC is made "
                      "within each fold, whose models share no scale, and averaged by malignant tiles.")
     return text
 

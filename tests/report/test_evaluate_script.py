@@ -255,7 +255,7 @@ def test_fewer_found_is_said_as_such(tmp_path):
 
 
 def test_the_setting_counts_the_right_tiles(three):
-    """DS1, what is added, and validation: eight different numbers, each in its place."""
+    """DS1, what is added, and validation: eight different numbers, each in its place; what a fold keeps together."""
     counts = {"train": {"benign": 1001, "malignant": 202}, "val": {"benign": 303, "malignant": 44},
               "test": {"benign": 505, "malignant": 66},
               "added": 77}
@@ -263,6 +263,8 @@ def test_the_setting_counts_the_right_tiles(three):
             "augmentation": "traditional"}
     text = classification.setting(three[2], args)
     assert "DS1 holds 1,001 benign and 202 malignant tiles, DS2 and O1 77 malignant ones more; 303 benign and 44 malignant" in text
+    for patients, unit in ((9, "5 folds of patients;"), (None, "5 folds of tiles, near copies together;")):
+        assert unit in classification.setting(three[2] | {"patients": patients}, args | {"folds": 5})
 
 
 def test_few_seeds_of_any_arm_are_a_limit(tmp_path):
