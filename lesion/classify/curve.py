@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from lesion.classify.arms import ARMS, CONTRASTS
+from lesion.classify import arms
 from lesion.run import sheets
 from lesion.stats import inference
 
-PRIMARY = "O1 to S2"
+PRIMARY = " to ".join(arms.PRIMARY)
 STYLES = {"B0": (sheets.SKY, "v", "--"), "A1": (sheets.GREY, "o", "--"), "W1": (sheets.GREEN, "^", "--"),  # of arms in a chart
           "S2": (sheets.VERMILION, "s", "-"), "S2w": (sheets.ORANGE, "D", "-"), "O1": (sheets.BLUE, "<", "--")}
 
@@ -28,7 +28,7 @@ def point(size: int | None, ratio: float, real: float, folds: list[dict[str, lis
     return {"size": "all" if size is None else size, "ratio": ratio, "real": real,
             "arms": {name: auroc([fold[name] for fold in folds]) for name in names},
             "contrasts": {f"{a} to {b}": difference([fold[a] for fold in folds], [fold[b] for fold in folds])
-                          for a, b in CONTRASTS if a in names and b in names}}
+                          for a, b in arms.CONTRASTS if a in names and b in names}}
 
 
 def auroc(folds: list[list]) -> dict:
@@ -97,12 +97,12 @@ def lines(found: dict) -> list[str]:
     """The table that the command prints."""
     text = [f"{'real':>6}{'ratio':>7}  arm   AUROC [95 %]            contrast    difference [95 %]        p (Holm)"]
     for one in found["points"]:
-        arms = [f"{name:6}{arm['auroc']:.3f} [{arm['low']:.3f}, {arm['high']:.3f}]" for name, arm in one["arms"].items()]
-        contrasts = [f"{name:12}{c['difference']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]  {c.get('p_holm', c['p']):.3f}"
+        left = [f"{name:6}{arm['auroc']:.3f} [{arm['low']:.3f}, {arm['high']:.3f}]" for name, arm in one["arms"].items()]
+        right = [f"{name:12}{c['difference']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]  {c.get('p_holm', c['p']):.3f}"
                      + ("" if "p_holm" in c else " (primary, unadjusted)") for name, c in one["contrasts"].items()]
-        for i in range(max(len(arms), len(contrasts))):
+        for i in range(max(len(left), len(right))):
             head = f"{one['real']:6.0f}{one['ratio']:7g}" if i == 0 else " " * 13
-            text.append(f"{head}  {arms[i] if i < len(arms) else '':28}  {contrasts[i] if i < len(contrasts) else ''}".rstrip())
+            text.append(f"{head}  {left[i] if i < len(left) else '':28}  {right[i] if i < len(right) else ''}".rstrip())
     for row in found["worth"]:
         said = f"about {row['tiles']:.0f} further real tiles" if row["tiles"] is not None else \
             "more than the curve reaches" if row["detectable"] else "none detectable"
@@ -128,7 +128,7 @@ def draw(found: dict, path: Path) -> None:
             x = np.array([one["real"] for one in points]) * 1.03 ** (number - (len(points[0]["arms"]) - 1) / 2)  # side by side
             color, marker, line = STYLES[name]
             panel.errorbar(x, y, reach, marker=marker, color=color, linestyle=line, capsize=2, linewidth=1.2, markersize=5,
-                           label=f"{name}: {ARMS[name].meaning}")
+                           label=f"{name}: {arms.ARMS[name].meaning}")
         panel.set(xscale="log", xlabel="real malignant training tiles a fold", title=f"synthetic or repeated : real = {ratio:g} : 1",
                   xlim=(0.7 * min(one["real"] for one in points), 1.4 * max(one["real"] for one in points)))
         panel.set_xticks([one["real"] for one in points], [f"{one['real']:.0f}" for one in points], minor=False)

@@ -68,8 +68,9 @@ def _hashes(place: Path) -> Iterator[tuple[str, str]]:
         return
     if not listed:
         yield str(place / sums.NAME), "lists no file"
-    for name in listed:
-        yield str(place / name), "".join(problem.partition(": ")[2] or problem for problem in sums.problems(place, [name]))
+    for name, digest in listed.items():
+        problem = sums.problem_of(place / name, digest)
+        yield str(place / name), problem.partition(": ")[2] or problem
     inner = {path.parent for name in SEALS for path in place.rglob(f"*/{name}")}
     for name in sums.artefacts(place):
         if name not in listed and not UNHASHED.fullmatch(name) and inner.isdisjoint((place / name).parents):

@@ -63,15 +63,17 @@ def read(folder: Path) -> dict[str, str]:
 
 def problems(folder: Path, names: Iterable[str] | None = None) -> list[str]:
     """One line for each listed file (of `names`, where given) that is missing or changed."""
-    folder, found = Path(folder), []
     hashes = read(folder)
-    for name in hashes if names is None else [name for name in names if name in hashes]:
-        try:
-            if files.sha256_file(folder / name) != hashes[name]:
-                found.append(f"{folder / name} is not what was written: its SHA-256 differs from {NAME}")
-        except OSError as error:
-            found.append(f"{folder / name} cannot be read ({error.strerror})")
-    return found
+    chosen = hashes if names is None else [name for name in names if name in hashes]
+    return [found for name in chosen if (found := problem_of(Path(folder) / name, hashes[name]))]
+
+
+def problem_of(path: Path, digest: str) -> str:
+    """What is wrong with a file whose SHA-256 was `digest`, or ""."""
+    try:
+        return "" if files.sha256_file(path) == digest else f"{path} is not what was written: its SHA-256 differs from {NAME}"
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
 
 
 def require(folder: Path, names: Iterable[str] | None = None) -> None:

@@ -225,3 +225,14 @@ def test_the_command(made, tmp_path):
     assert "predictions.csv: its SHA-256 differs from SHA256SUMS" in bad.stdout
     assert "has no SHA256SUMS" in bad.stdout
     assert call("nowhere").returncode == 2
+
+
+def test_a_list_is_read_once(tmp_path, monkeypatch):
+    """A folder's list is parsed once, not once a file: the time grows with the number of tiles, not with its square."""
+    for number in range(30):
+        files.write_bytes(tmp_path / f"{number}.txt", b"x")
+    sums.write(tmp_path)
+    read, count = sums.read, []
+    monkeypatch.setattr(sums, "read", lambda folder: count.append(folder) or read(folder))
+    assert wrong(tmp_path) == {}
+    assert len(count) <= 2
